@@ -1,0 +1,129 @@
+"""underpaint: pretrained vision encoders as image tokenizers for latent diffusion.
+
+Everything public is a name of this module, or of `underpaint.testing`. Names are imported when they are
+first used, so that ``import underpaint`` does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from underpaint.api import create, load, plugins, registry
+    from underpaint.data.images import decode_image
+    from underpaint.errors import (
+        BrokenImageError,
+        ConfigError,
+        DataError,
+        NotFoundError,
+        PluginError,
+        UnderpaintError,
+    )
+    from underpaint.hookspecs import API_VERSION, hookimpl
+    from underpaint.interfaces.adapter import Adapter, Posterior
+    from underpaint.interfaces.backbone import Backbone, Prediction
+    from underpaint.interfaces.component import Component, ComponentSpec
+    from underpaint.interfaces.conditioner import Condition, Conditioner
+    from underpaint.interfaces.dataset import Dataset, Sample
+    from underpaint.interfaces.decoder import Decoder, Reconstruction
+    from underpaint.interfaces.encoder import Encoder, EncoderInfo, Features
+    from underpaint.interfaces.loss import Loss, StepTensors
+    from underpaint.interfaces.metric import Metric
+    from underpaint.interfaces.sampler import Sampler, VelocityField
+    from underpaint.interfaces.tracker import Tracker
+    from underpaint.weights import is_location, load_weights, tensor_hash
+
+_HOME = {
+    "API_VERSION": "hookspecs",
+    "Adapter": "interfaces.adapter",
+    "Backbone": "interfaces.backbone",
+    "BrokenImageError": "errors",
+    "Component": "interfaces.component",
+    "ComponentSpec": "interfaces.component",
+    "Condition": "interfaces.conditioner",
+    "Conditioner": "interfaces.conditioner",
+    "ConfigError": "errors",
+    "DataError": "errors",
+    "Dataset": "interfaces.dataset",
+    "Decoder": "interfaces.decoder",
+    "Encoder": "interfaces.encoder",
+    "EncoderInfo": "interfaces.encoder",
+    "Features": "interfaces.encoder",
+    "Loss": "interfaces.loss",
+    "Metric": "interfaces.metric",
+    "NotFoundError": "errors",
+    "PluginError": "errors",
+    "Posterior": "interfaces.adapter",
+    "Prediction": "interfaces.backbone",
+    "Reconstruction": "interfaces.decoder",
+    "Sample": "interfaces.dataset",
+    "Sampler": "interfaces.sampler",
+    "StepTensors": "interfaces.loss",
+    "Tracker": "interfaces.tracker",
+    "UnderpaintError": "errors",
+    "VelocityField": "interfaces.sampler",
+    "create": "api",
+    "decode_image": "data.images",
+    "hookimpl": "hookspecs",
+    "is_location": "weights",
+    "load": "api",
+    "load_weights": "weights",
+    "plugins": "api",
+    "registry": "api",
+    "tensor_hash": "weights",
+}
+
+__all__ = [
+    "API_VERSION",
+    "Adapter",
+    "Backbone",
+    "BrokenImageError",
+    "Component",
+    "ComponentSpec",
+    "Condition",
+    "Conditioner",
+    "ConfigError",
+    "DataError",
+    "Dataset",
+    "Decoder",
+    "Encoder",
+    "EncoderInfo",
+    "Features",
+    "Loss",
+    "Metric",
+    "NotFoundError",
+    "PluginError",
+    "Posterior",
+    "Prediction",
+    "Reconstruction",
+    "Sample",
+    "Sampler",
+    "StepTensors",
+    "Tracker",
+    "UnderpaintError",
+    "VelocityField",
+    "create",
+    "decode_image",
+    "hookimpl",
+    "is_location",
+    "load",
+    "load_weights",
+    "plugins",
+    "registry",
+    "tensor_hash",
+]
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'underpaint' has no attribute '{name}'")
+    value = getattr(importlib.import_module(f"underpaint.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,387 @@
+"""The schema of a recipe."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import attrs
+from attrs import validators as v
+
+from underpaint.errors import ConfigError
+
+__all__ = [
+    "ComponentConfig",
+    "DataConfig",
+    "DiffusionConfig",
+    "EngineConfig",
+    "EvaluationConfig",
+    "GuidanceConfig",
+    "LatentsConfig",
+    "LossConfig",
+    "OptimizerConfig",
+    "Recipe",
+    "StageConfig",
+    "TimeConfig",
+    "TokenizerConfig",
+]
+
+_positive = v.gt(0)
+_not_negative = v.ge(0)
+_fraction = v.and_(v.ge(0.0), v.le(1.0))
+
+
+def _flat(value: Any, path: str, reserved: tuple[str, ...]) -> Any:
+    """Split ``{name, reserved keys, options…}`` as it is written into the fields of the class."""
+    if isinstance(value, str):
+        return {"name": value}
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{path} must be a component name, or a mapping with 'name' and its options.")
+    if "name" not in value:
+        raise ConfigError(f"{path} lacks the key 'name', the registered name of the component.")
+    options = {key: item for key, item in value.items() if key not in reserved}
+    fixed = {key: item for key, item in value.items() if key in reserved}
+    return {**fixed, "options": options}
+
+
+@attrs.frozen(kw_only=True)
+class ComponentConfig:
+    """A component: its name alone, or ``{name: …, option: …}``."""
+
+    name: str
+    options: Mapping[str, Any] = attrs.field(factory=dict)
+
+    @staticmethod
+    def from_plain(value: Any, path: str) -> Any:
+        """Accept the flat form that recipes are written in."""
+        return _flat(value, path, ("name",))
+
+
+@attrs.frozen(kw_only=True)
+class LossConfig:
+    """A loss with its weight and the steps at which it counts.
+
+    Attributes:
+        name: Registered name of the loss.
+        weight: Factor of all its terms.
+        start: First step at which it counts.
+        end: First step at which it no longer counts; None for never.
+        options: Options of the loss.
+    """
+
+    name: str
+    weight: float = 1.0
+    start: int = attrs.field(default=0, validator=_not_negative)
+    end: int | None = None
+    options: Mapping[str, Any] = attrs.field(factory=dict)
+
+    @staticmethod
+    def from_plain(value: Any, path: str) -> Any:
+        """Accept the flat form that recipes are written in."""
+        return _flat(value, path, ("name", "weight", "start", "end"))
+
+
+@attrs.frozen(kw_only=True)
+class DataConfig:
+    """What is trained on, and how an image becomes a training crop.
+
+    Attributes:
+        train: Data set to train on.
+        validation: Data set to measure on; None holds out the last `holdout` of the training set.
+        holdout: Share of the training set that is measured on, when `validation` is None.
+        size: Side of the square crop in pixels, or height and width.
+        crop: Where the crop is taken after the short side was resized.
+        flip: Flip half of the training images horizontally.
+        workers: Loader processes per rank; 0 reads in the training process.
+        max_broken: Share of broken images above which reading stops.
+    """
+
+    train: ComponentConfig
+    validation: ComponentConfig | None = None
+    holdout: float = attrs.field(default=0.05, validator=v.and_(v.gt(0.0), v.lt(1.0)))
+    size: int | tuple[int, int] = 256
+    crop: Literal["center", "random"] = "center"
+    flip: bool = False
+    workers: int = attrs.field(default=2, validator=_not_negative)
+    max_broken: float = attrs.field(default=0.01, validator=_fraction)
+
+    @property
+    def height(self) -> int:
+        """Pixels."""
+        return self.size if isinstance(self.size, int) else self.size[0]
+
+    @property
+    def width(self) -> int:
+        """Pixels."""
+        return self.size if isinstance(self.size, int) else self.size[1]
+
+
+@attrs.frozen(kw_only=True)
+class TokenizerConfig:
+    """Encoder, adapter and decoder; or a folder of a finished tokenizer.
+
+    Attributes:
+        encoder: Encoder.
+        adapter: Adapter.
+        decoder: Decoder.
+        latent_channels: d of the latent.
+        load: Folder or URL of an exported tokenizer to start from, instead of the three.
+    """
+
+    encoder: ComponentConfig | None = None
+    adapter: ComponentConfig | None = None
+    decoder: ComponentConfig | None = None
+    latent_channels: int = attrs.field(default=32, validator=_positive)
+    load: str | None = None
+
+    def __attrs_post_init__(self) -> None:
+        parts = [self.encoder, self.adapter, self.decoder]
+        if self.load is None and None in parts:
+            raise ConfigError("tokenizer needs 'encoder', 'adapter' and 'decoder', or 'load' with an exported folder.")
+        if self.load is not None and parts != [None] * 3:
+            raise ConfigError("tokenizer has 'load' beside 'encoder', 'adapter' or 'decoder'; keep one of the two.")
+
+
+@attrs.frozen(kw_only=True)
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule.
+
+    Attributes:
+        lr: Peak learning rate.
+        rates: Learning rate of single parts (``encoder``, ``adapter``, ``decoder``, …), instead of `lr`.
+        betas: Adam's decay rates.
+        weight_decay: Decoupled weight decay.
+        warmup: Steps of linear warm-up from zero.
+        schedule: After the warm-up.
+        final: Learning rate at the end of a cosine or linear schedule, as a share of the peak.
+        clip: Largest norm of the gradient of all parameters; None for no clipping.
+    """
+
+    lr: float = attrs.field(default=1e-4, validator=_positive)
+    rates: Mapping[str, float] = attrs.field(factory=dict)
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = attrs.field(default=0.0, validator=_not_negative)
+    warmup: int = attrs.field(default=0, validator=_not_negative)
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    final: float = attrs.field(default=0.1, validator=_fraction)
+    clip: float | None = attrs.field(default=1.0, validator=v.optional(_positive))
+
+
+@attrs.frozen(kw_only=True)
+class StageConfig:
+    """One stage of tokenizer training.
+
+    Attributes:
+        name: Name of its folder and of ``--until``.
+        trains: Parts that learn; the others are frozen.
+        losses: What is minimised.
+        steps: Optimizer steps.
+        batch: Images per optimizer step, over all ranks.
+        optimizer: Optimizer and schedule.
+        ema: Decay of the exponential moving average that is exported; None exports the raw weights.
+        teacher: Earlier stage whose exported encoder and adapter, frozen, give the reference latents.
+    """
+
+    name: str
+    trains: tuple[Literal["encoder", "adapter", "decoder"], ...]
+    losses: tuple[LossConfig, ...]
+    steps: int = attrs.field(validator=_positive)
+    batch: int = attrs.field(default=256, validator=_positive)
+    optimizer: OptimizerConfig = attrs.field(factory=OptimizerConfig)
+    ema: float | None = attrs.field(default=0.999, validator=v.optional(v.and_(v.ge(0.0), v.lt(1.0))))
+    teacher: str | None = None
+
+
+@attrs.frozen(kw_only=True)
+class LatentsConfig:
+    """The latent cache.
+
+    Attributes:
+        flip: Also store the latents of the flipped images.
+        dtype: Storage type.
+        shard: Samples per shard file.
+        batch: Images encoded at once, per rank.
+    """
+
+    flip: bool = False
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    shard: int = attrs.field(default=4096, validator=_positive)
+    batch: int = attrs.field(default=64, validator=_positive)
+
+
+@attrs.frozen(kw_only=True)
+class TimeConfig:
+    """Distribution of the noise fraction t during training.
+
+    Attributes:
+        distribution: ``uniform`` on [0, 1], or ``logit-normal``: the sigmoid of a normal variable.
+        mean: Mean of that normal variable, in our time (0 data, 1 noise).
+        std: Its standard deviation.
+        shift: α of t' = αt / (1 + (α−1)t); above 1 towards noise (rae.md §3.1).
+    """
+
+    distribution: Literal["uniform", "logit-normal"] = "logit-normal"
+    mean: float = 0.0
+    std: float = attrs.field(default=1.0, validator=_positive)
+    shift: float = attrs.field(default=1.0, validator=_positive)
+
+
+@attrs.frozen(kw_only=True)
+class DiffusionConfig:
+    """Training of the latent diffusion model.
+
+    Attributes:
+        backbone: Network.
+        conditioner: Labels or texts to conditions.
+        losses: What is minimised.
+        steps: Optimizer steps.
+        batch: Latents per optimizer step, over all ranks.
+        optimizer: Optimizer and schedule.
+        ema: Decay of the exponential moving average that is sampled from.
+        time: Distribution of t.
+        dropout: Share of samples that train the null condition, for guidance.
+    """
+
+    backbone: ComponentConfig
+    conditioner: ComponentConfig
+    losses: tuple[LossConfig, ...] = (LossConfig(name="velocity"),)
+    steps: int = attrs.field(validator=_positive)
+    batch: int = attrs.field(default=256, validator=_positive)
+    optimizer: OptimizerConfig = attrs.field(factory=OptimizerConfig)
+    ema: float | None = attrs.field(default=0.9999, validator=v.optional(v.and_(v.ge(0.0), v.lt(1.0))))
+    time: TimeConfig = attrs.field(factory=TimeConfig)
+    dropout: float = attrs.field(default=0.1, validator=_fraction)
+
+
+@attrs.frozen(kw_only=True)
+class GuidanceConfig:
+    """Classifier-free guidance.
+
+    Attributes:
+        scale: w of v = v_null + w·(v_cond − v_null); 1 is no guidance.
+        channels: How many of the first latent channels are guided; None guides all.
+        interval: Noise fractions between which guidance is on, in the time that the model receives.
+    """
+
+    scale: float = attrs.field(default=1.0, validator=_not_negative)
+    channels: int | None = attrs.field(default=None, validator=v.optional(_positive))
+    interval: tuple[float, float] = (0.0, 1.0)
+
+    @interval.validator
+    def _ordered(self, _: Any, value: tuple[float, float]) -> None:
+        if not 0.0 <= value[0] < value[1] <= 1.0:
+            raise ConfigError(f"guidance.interval is {list(value)}; it must be [low, high] with 0 ≤ low < high ≤ 1.")
+
+
+@attrs.frozen(kw_only=True)
+class EvaluationConfig:
+    """What is measured, on how many images.
+
+    Attributes:
+        images: Images per number, at most what the validation set has.
+        batch: Images at once, per rank.
+        reconstruction: Metrics of reconstructions.
+        generation: Metrics of samples.
+        sampler: Solver.
+        guidance: Guidance.
+        labels: ``balanced`` gives every class equally often, ``random`` draws uniformly.
+        seed: Seed of noise and labels.
+        show: Images in the report's grids.
+    """
+
+    images: int = attrs.field(default=1000, validator=_positive)
+    batch: int = attrs.field(default=50, validator=_positive)
+    reconstruction: tuple[ComponentConfig, ...] = (ComponentConfig(name="psnr"), ComponentConfig(name="ssim"))
+    generation: tuple[ComponentConfig, ...] = ()
+    sampler: ComponentConfig = attrs.field(factory=lambda: ComponentConfig(name="euler"))
+    guidance: GuidanceConfig = attrs.field(factory=GuidanceConfig)
+    labels: Literal["balanced", "random"] = "balanced"
+    seed: int = 0
+    show: int = attrs.field(default=24, validator=_positive)
+
+
+@attrs.frozen(kw_only=True)
+class EngineConfig:
+    """How training runs on the machine.
+
+    Attributes:
+        device: ``auto`` takes the GPU when there is one.
+        zero: DeepSpeed ZeRO stage.
+        precision: ``bf16`` keeps fp32 master weights.
+        accumulation: Micro-batches per optimizer step.
+        compile: Compile the blocks with torch.compile.
+        deterministic: Bit-repeatable kernels, at some cost.
+        log_every: Steps between log lines.
+        checkpoint_every: Steps between checkpoints.
+        keep: Valid checkpoints kept per stage.
+        max_bad_steps: Consecutive non-finite steps after which training stops.
+    """
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    zero: Literal[0, 1, 2, 3] = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    accumulation: int = attrs.field(default=1, validator=_positive)
+    compile: bool = False
+    deterministic: bool = False
+    log_every: int = attrs.field(default=20, validator=_positive)
+    checkpoint_every: int = attrs.field(default=1000, validator=_positive)
+    keep: int = attrs.field(default=2, validator=_positive)
+    max_bad_steps: int = attrs.field(default=10, validator=_positive)
+
+
+_STAGE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+RESERVED_STAGES = ("latents", "diffusion", "samples", "report")
+
+
+@attrs.frozen(kw_only=True)
+class Recipe:
+    """Everything that a run is made from.
+
+    Attributes:
+        name: Name of the run's folder and report.
+        about: What it is, for listings and the report.
+        seed: Seed of initialisation, data order, noise.
+        plugins: Plugins that it needs: names of installed ones, ``.py`` files or dotted modules.
+        data: Images.
+        tokenizer: Encoder, adapter, decoder.
+        stages: Tokenizer training, in order.
+        latents: Latent cache.
+        diffusion: Diffusion training; None ends with the tokenizer.
+        evaluation: What is measured.
+        engine: How training runs.
+        trackers: Where scalars go beside ``metrics.jsonl``.
+    """
+
+    name: str
+    about: str = ""
+    seed: int = 0
+    plugins: tuple[str, ...] = ()
+    data: DataConfig
+    tokenizer: TokenizerConfig
+    stages: tuple[StageConfig, ...] = ()
+    latents: LatentsConfig = attrs.field(factory=LatentsConfig)
+    diffusion: DiffusionConfig | None = None
+    evaluation: EvaluationConfig = attrs.field(factory=EvaluationConfig)
+    engine: EngineConfig = attrs.field(factory=EngineConfig)
+    trackers: tuple[ComponentConfig, ...] = ()
+
+    def __attrs_post_init__(self) -> None:
+        seen: list[str] = []
+        for index, stage in enumerate(self.stages):
+            path = f"stages[{index}]"
+            if not _STAGE_NAME.fullmatch(stage.name) or stage.name in RESERVED_STAGES:
+                raise ConfigError(
+                    f"{path}.name is '{stage.name}'; use lower-case letters, digits, '-' and '_', and none of "
+                    f"{', '.join(RESERVED_STAGES)}."
+                )
+            if stage.name in seen:
+                raise ConfigError(f"{path}.name '{stage.name}' is used twice; rename one.")
+            if stage.teacher is not None and stage.teacher not in seen:
+                raise ConfigError(
+                    f"{path}.teacher is '{stage.teacher}', which is not an earlier stage; "
+                    f"earlier stages: {', '.join(seen) or 'none'}."
+                )
+            if not stage.trains:
+                raise ConfigError(f"{path}.trains is empty; name at least one of encoder, adapter, decoder.")
+            seen.append(stage.name)

@@ -1,0 +1,73 @@
+"""Reads weights from files and fsspec URLs, without unpickling anything but tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Mapping
+from pathlib import Path
+
+import fsspec
+import torch
+from safetensors.torch import load as load_safetensors
+from torch import Tensor
+
+from underpaint.errors import DataError
+
+__all__ = ["is_location", "load_weights", "tensor_hash"]
+
+
+def is_location(weights: str) -> bool:
+    """Whether the part of a name after ``@`` is a place (``file:PATH`` or a URL) rather than a tag."""
+    return weights.startswith("file:") or "://" in weights
+
+
+def load_weights(location: str) -> dict[str, Tensor]:
+    """Read a state dict.
+
+    Args:
+        location: ``file:PATH`` or any fsspec URL; ``.safetensors``, or a PyTorch file of plain tensors.
+
+    Returns:
+        Tensors by name, on the CPU.
+
+    Raises:
+        DataError: The file is missing, unreachable, damaged or holds more than tensors.
+    """
+    path = location.removeprefix("file:") if location.startswith("file:") else location
+    try:
+        with fsspec.open(path, "rb") as file:
+            data = file.read()
+    except FileNotFoundError:
+        raise DataError(f"There is no weights file '{path}'; check the path after '@'.") from None
+    except (OSError, ImportError, ValueError) as error:
+        raise DataError(f"The weights '{path}' cannot be read: {error}.") from error
+    try:
+        if path.endswith(".safetensors"):
+            return dict(load_safetensors(data))
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise DataError(
+            f"The weights file '{path}' is damaged or not a file of tensors: {' '.join(str(error).split())[:200]}"
+        ) from error
+    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
+        state = state["state_dict"]
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise DataError(f"The weights file '{path}' holds something else than named tensors; convert it to safetensors.")
+    return dict(state)
+
+
+def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of named tensors: names, dtypes, shapes and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
