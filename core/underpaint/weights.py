@@ -53,7 +53,9 @@ def load_weights(location: str) -> dict[str, Tensor]:
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise DataError(f"The weights file '{path}' holds something else than named tensors; convert it to safetensors.")
+        raise DataError(
+            f"The weights file '{path}' holds something else than named tensors; convert it to safetensors."
+        )
     return dict(state)
 
 

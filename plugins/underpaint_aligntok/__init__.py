@@ -1,1 +1,51 @@
-"""Placeholder."""
+"""AlignTok (Chen et al. 2025, arXiv 2509.25162): adapter, semantic preservation loss and recipes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from underpaint import hookimpl
+
+_SOURCE = "Chen et al. 2025, arXiv 2509.25162; what the paper leaves open is ours"
+
+
+@hookimpl
+def register_adapters(register: Any) -> None:
+    """Register ``aligntok/mlp``."""
+    register(
+        "aligntok/mlp",
+        "underpaint_aligntok.adapter:Mlp",
+        config="underpaint_aligntok.config:MlpConfig",
+        summary="Two linear layers for each token, to a deterministic latent",
+        source=_SOURCE,
+    )
+
+
+@hookimpl
+def register_losses(register: Any) -> None:
+    """Register ``aligntok/semantic``."""
+    register(
+        "aligntok/semantic",
+        "underpaint_aligntok.semantic:Semantic",
+        config="underpaint_aligntok.config:SemanticConfig",
+        summary="Distance of the latent to that of the frozen teacher (semantic preservation)",
+        source=_SOURCE,
+    )
+
+
+@hookimpl
+def register_recipes(register: Any) -> None:
+    """Register every recipe of the folder ``recipes`` under the name of its file."""
+    for path in sorted(Path(__file__).with_name("recipes").glob("*.yaml")):
+        register(path.stem, path, summary=_about(path))
+
+
+def _about(path: Path) -> str:
+    # A full YAML parse of every recipe would cost more than the rest of the discovery.
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            key, _, text = line.partition(":")
+            if key == "about":
+                return text.strip().strip("\"'")
+    return ""

@@ -1,1 +1,32 @@
-"""Placeholder."""
+"""Data sets of files: folders of images, Parquet tables and WebDataset tars, on disk or at any fsspec URL."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from underpaint import hookimpl
+
+if TYPE_CHECKING:
+    from underpaint.registry.registrar import Registrar
+
+
+@hookimpl
+def register_datasets(register: Registrar) -> None:
+    register(
+        "files/folder",
+        "underpaint_files.folder:Folder",
+        config="underpaint_files.config:FolderConfig",
+        summary="folder of images; its subfolders, if any, are the classes",
+    )
+    register(
+        "files/parquet",
+        "underpaint_files.parquet:Parquet",
+        config="underpaint_files.config:ParquetConfig",
+        summary="Parquet files with image, label and text columns, as on Hugging Face",
+    )
+    register(
+        "files/webdataset",
+        "underpaint_files.webdataset:WebDataset",
+        config="underpaint_files.config:WebDatasetConfig",
+        summary="tar files of images with .cls, .txt or .json beside them",
+    )

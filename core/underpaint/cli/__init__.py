@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""The command line. Commands import torch only when they run."""

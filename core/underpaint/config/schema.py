@@ -27,8 +27,8 @@ __all__ = [
     "TokenizerConfig",
 ]
 
-_positive = v.gt(0)
-_not_negative = v.ge(0)
+_positive: Any = v.gt(0)
+_not_negative: Any = v.ge(0)
 _fraction = v.and_(v.ge(0.0), v.le(1.0))
 
 
@@ -268,10 +268,11 @@ class GuidanceConfig:
     channels: int | None = attrs.field(default=None, validator=v.optional(_positive))
     interval: tuple[float, float] = (0.0, 1.0)
 
-    @interval.validator
-    def _ordered(self, _: Any, value: tuple[float, float]) -> None:
-        if not 0.0 <= value[0] < value[1] <= 1.0:
-            raise ConfigError(f"guidance.interval is {list(value)}; it must be [low, high] with 0 ≤ low < high ≤ 1.")
+    def __attrs_post_init__(self) -> None:
+        if not 0.0 <= self.interval[0] < self.interval[1] <= 1.0:
+            raise ConfigError(
+                f"guidance.interval is {list(self.interval)}; it must be [low, high] with 0 ≤ low < high ≤ 1."
+            )
 
 
 @attrs.frozen(kw_only=True)

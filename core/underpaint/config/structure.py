@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import types
-import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
@@ -44,7 +43,7 @@ def unstructure(value: Any) -> Any:
     return _plain(_CONVERTER.unstructure(value))
 
 
-_CONVERTER = cattrs.Converter()
+_CONVERTER = cattrs.Converter(use_alias=True)
 _CONVERTER.register_unstructure_hook(Path, str)
 
 
@@ -63,28 +62,23 @@ def _structure(value: Any, target: Any, path: str) -> Any:
     if origin in (Union, types.UnionType):
         return _union(value, get_args(target), path)
     if origin is Literal:
-        choices = get_args(target)
-        if value in choices and not (isinstance(value, bool) and True not in choices and False not in choices):
-            return value
-        raise ConfigError(
-            f"{path} is {value!r}; {suggest(str(value), map(str, choices))}".rstrip()
-            + ("" if suggest(str(value), map(str, choices)).startswith("Known") else f" Known: {', '.join(map(repr, choices))}.")
-        )
+        return _choice(value, get_args(target), path)
     if origin is tuple:
         return _tuple(value, get_args(target), path)
     if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
         key_type, item_type = get_args(target)
         if not isinstance(value, Mapping):
             raise ConfigError(f"{path} must be a mapping, not {_say(value)}.")
-        return {_structure(k, key_type, path): _structure(v, item_type, f"{path}.{k}") for k, v in value.items()}
+        return {
+            _structure(key, key_type, f"A key of {_at(path)}"): _structure(item, item_type, _join(path, key))
+            for key, item in value.items()
+        }
     if attrs.has(target):
         return _attrs(value, target, path)
     if target is Path and isinstance(value, (str, Path)):
         return Path(value)
     if target is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        if math.isnan(value):
-            raise ConfigError(f"{path} is not a number (nan).")
-        return float(value)
+        return _float(value, path)
     if target is int and isinstance(value, int) and not isinstance(value, bool):
         return value
     if target is bool and isinstance(value, bool):
@@ -93,7 +87,37 @@ def _structure(value: Any, target: Any, path: str) -> Any:
         return value
     if target is type(None) and value is None:
         return None
-    raise ConfigError(f"{path} must be {_name(target)}, not {_say(value)}.")
+    if target not in _NAMES and target is not type(None):
+        raise TypeError(f"{path} is declared as {target}, which a config class cannot have; see structure().")
+    raise ConfigError(f"{_at(path)} must be {_name(target)}, not {_say(value)}.")
+
+
+def _at(path: str) -> str:
+    return path or "The config"
+
+
+def _join(path: str, key: Any) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+def _choice(value: Any, choices: tuple[Any, ...], path: str) -> Any:
+    for choice in choices:
+        # 1, 1.0 and True are equal to Python, and not to a reader.
+        if type(choice) is type(value) and choice == value:
+            return choice
+    hint = suggest(str(value), map(str, choices)) if isinstance(value, str) else ""
+    hint = hint if hint.startswith("Did") else ""
+    raise ConfigError(" ".join(f"{path} is {value!r}. {hint} Known: {', '.join(map(repr, choices))}.".split()))
+
+
+def _float(value: float, path: str) -> float:
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ConfigError(f"{path} is too large for a number.") from None
+    if math.isnan(number):
+        raise ConfigError(f"{path} is not a number (nan).")
+    return number
 
 
 def _attrs(value: Any, cls: Any, path: str) -> Any:
@@ -103,26 +127,26 @@ def _attrs(value: Any, cls: Any, path: str) -> Any:
     if from_plain is not None:
         value = from_plain(value, path)
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{path} must be a mapping with keys such as {_keys(cls)}, not {_say(value)}.")
+        raise ConfigError(f"{_at(path)} must be a mapping with keys such as {_keys(cls)}, not {_say(value)}.")
     attrs.resolve_types(cls)
     fields = {field.alias: field for field in attrs.fields(cls) if field.init}
     for key in value:
         if key not in fields:
-            raise ConfigError(f"{path} has no key '{key}'. {suggest(str(key), fields) or 'It has no keys.'}")
+            raise ConfigError(f"{_at(path)} has no key '{key}'. {suggest(str(key), fields) or 'It has no keys.'}")
     made = {}
     for key, field in fields.items():
         given = value.get(key, _MISSING)
         if given is _MISSING:
             if field.default is attrs.NOTHING:
-                raise ConfigError(f"{path} lacks the key '{key}' ({_name(field.type)}).")
+                raise ConfigError(f"{_at(path)} lacks the key '{key}' ({_name(field.type)}).")
             continue
-        made[key] = _structure(given, field.type, f"{path}.{key}" if path else str(key))
+        made[key] = _structure(given, field.type, _join(path, key))
     try:
         return cls(**made)
     except ConfigError:
         raise
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"{path}: {_validator_text(error)}") from error
+        raise ConfigError(f"{_at(path)}: {_validator_text(error)}") from error
 
 
 def _validator_text(error: Exception) -> str:
@@ -143,7 +167,7 @@ def _union(value: Any, options: tuple[Any, ...], path: str) -> Any:
             errors.append(error)
     if len(errors) == 1:
         raise errors[0]
-    raise ConfigError(f"{path} must be {' or '.join(_name(o) for o in options)}, not {_say(value)}.")
+    raise ConfigError(f"{_at(path)} must be {' or '.join(_name(o) for o in options)}, not {_say(value)}.")
 
 
 def _tuple(value: Any, items: tuple[Any, ...], path: str) -> tuple[Any, ...]:
@@ -184,5 +208,5 @@ def _name(target: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(_name(option) for option in get_args(target))
     if origin is Literal:
-        return "one of " + ", ".join(map(repr, typing.get_args(target)))
+        return "one of " + ", ".join(map(repr, get_args(target)))
     return f"a {getattr(target, '__name__', str(target))}"

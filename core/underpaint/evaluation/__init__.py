@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""Measuring reconstructions and samples, and the protocol that each number carries."""

@@ -34,9 +34,7 @@ class Posterior:
         """Draw a latent, B×d×h×w; the mean itself when the posterior is a point."""
         if self.logvar is None:
             return self.mean
-        noise = torch.randn(
-            self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype
-        )
+        noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
         return self.mean + (0.5 * self.logvar).exp() * noise
 
     def kl(self) -> Tensor:

@@ -46,9 +46,7 @@ class Backbone(nn.Module, Component, ABC):
     patch: int
 
     @abstractmethod
-    def forward(
-        self, x_t: Tensor, t: Tensor, condition: Condition, layers: Collection[int] = ()
-    ) -> Prediction:
+    def forward(self, x_t: Tensor, t: Tensor, condition: Condition, layers: Collection[int] = ()) -> Prediction:
         """Predict the velocity.
 
         Args:

@@ -22,10 +22,12 @@ class Metric(torchmetrics.Metric, Component, ABC):
     Attributes:
         paired: True when image i of `images` is compared with image i of `references` (PSNR); False when
             the two are samples of two distributions (Fréchet distances).
+        needs_references: Whether reference images must be given; False when the metric has its own reference.
         higher_is_better: As in torchmetrics.
     """
 
     paired: ClassVar[bool]
+    needs_references: bool = True
     full_state_update = False
 
     @abstractmethod

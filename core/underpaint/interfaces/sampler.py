@@ -21,9 +21,7 @@ class Sampler(Component, ABC):
     """Integrates dx/dt = velocity from t = 1 (noise) to t = 0 (data)."""
 
     @abstractmethod
-    def sample(
-        self, field: VelocityField, noise: Tensor, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def sample(self, field: VelocityField, noise: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Carry B×d×h×w noise to latents; `generator` serves stochastic solvers."""
 
     @abstractmethod

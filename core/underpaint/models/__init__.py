@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""Finished models: tokenizers and generators, and the folders they live in."""

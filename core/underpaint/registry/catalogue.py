@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,7 +15,7 @@ from underpaint.registry.names import KINDS, Name, parse_name
 from underpaint.registry.registrar import Alias, RecipeRegistration, Registration, load_target
 
 if TYPE_CHECKING:
-    from underpaint.interfaces.component import Component
+    from underpaint.interfaces.component import Component, ComponentSpec
 
 __all__ = ["CONTEXT", "Catalogue", "Resolved"]
 
@@ -63,13 +65,14 @@ class Catalogue:
 
     def remove_plugin(self, plugin: str) -> None:
         """Forget everything that a plugin registered."""
-        for table in (self._components, self._aliases, self._recipes):
+        for table in self._tables():
             for key in list(table):
-                kept = [item for item in table[key] if item.plugin != plugin]  # type: ignore[attr-defined]
-                if kept:
-                    table[key] = kept  # type: ignore[index]
-                else:
-                    del table[key]  # type: ignore[arg-type]
+                table[key] = [item for item in table[key] if item.plugin != plugin]
+                if not table[key]:
+                    del table[key]
+
+    def _tables(self) -> list[dict[Any, list[Any]]]:
+        return [self._components, self._aliases, self._recipes]
 
     # -- reading
 
@@ -94,12 +97,18 @@ class Catalogue:
     def conflicts(self) -> list[str]:
         """Return a sentence for each name that more than one plugin claims."""
         found = []
-        for table in (self._components, self._aliases, self._recipes):
+        for table in self._tables():
             for key, items in table.items():
                 try:
-                    _only(items, key if isinstance(key, str) else f"{key[0]} '{key[1]}'")  # type: ignore[arg-type]
+                    _only(items, f"recipe '{key}'" if isinstance(key, str) else f"{key[0]} '{key[1]}'")
                 except PluginError as error:
                     found.append(str(error))
+        found += [
+            f"The {kind} '{name}' of plugin '{self._components[kind, name][0].plugin}' hides an alias of plugin "
+            f"'{items[0].plugin}'; rename one of them."
+            for (kind, name), items in self._aliases.items()
+            if (kind, name) in self._components
+        ]
         return sorted(found)
 
     def recipe(self, name: str) -> RecipeRegistration:
@@ -111,8 +120,7 @@ class Catalogue:
         """
         if name not in self._recipes:
             raise NotFoundError(
-                f"There is no recipe '{name}'. {suggest(name, self._recipes)} "
-                "'underpaint recipes list' shows all."
+                f"There is no recipe '{name}'. {suggest(name, self._recipes)} 'underpaint recipes list' shows all."
             )
         return _only(self._recipes[name], f"recipe '{name}'")
 
@@ -120,14 +128,15 @@ class Catalogue:
         """Find the registration behind a name or alias.
 
         Raises:
-            ConfigError: The kind or the text is malformed, or weights are given where none are taken.
+            ConfigError: The kind or the text is malformed, it means a whole family, or weights are given where
+                none are taken.
             NotFoundError: Nothing of that kind has the name.
             PluginError: Several distributions claim it.
         """
         if kind not in KINDS:
             raise ConfigError(f"There is no kind '{kind}'. {suggest(kind, KINDS)}")
         name = parse_name(text)
-        if (kind, name.base) in self._aliases:
+        if (kind, name.base) in self._aliases and (kind, name.base) not in self._components:
             full = parse_name(_only(self._aliases[kind, name.base], f"alias '{name.base}'").name)
             name = Name(full.base, full.weights if name.weights is None else name.weights)
         items = self._components.get((kind, name.base))
@@ -135,7 +144,12 @@ class Catalogue:
             items = self._components.get((kind, f"{name.family}/*"))
         if items is None:
             raise NotFoundError(self._unknown(kind, text, name))
-        registration = _only(items, f"{kind} '{registration_name(items)}'")
+        registration = _only(items, f"{kind} '{items[0].name}'")
+        if "*" in name.base:
+            raise ConfigError(
+                f"'{text}' stands for all models of a family; write one of them, such as "
+                f"'{(registration.examples or (name.family + '/MODEL',))[0]}'."
+            )
         if name.weights is not None and not registration.takes_weights:
             raise ConfigError(
                 f"The {kind} '{name.base}' has no weights to choose; write '{name.base}' without '@{name.weights}'."
@@ -170,6 +184,7 @@ class Catalogue:
 
         Raises:
             ConfigError: An option is unknown or of the wrong type.
+            PluginError: The config class cannot be imported.
         """
         registration = self.resolve(kind, text).registration
         merged = {**registration.options, **options}
@@ -179,9 +194,9 @@ class Catalogue:
                     f"{path or text}: the {kind} '{text}' has no options; remove {', '.join(map(repr, merged))}."
                 )
             return None
-        return structure(merged, load_target(registration.config), path or f"{kind} '{text}'")
+        return structure(merged, _load(registration, registration.config), path or f"{kind} '{text}'")
 
-    def create(self, kind: str, text: str, **options: Any) -> Component:
+    def create(self, kind: str, text: str, /, **options: Any) -> Component:
         """Make a component from its name, its options and its context keywords.
 
         Args:
@@ -192,26 +207,62 @@ class Catalogue:
         Raises:
             UnderpaintError: The name or an option is wrong, or what it needs is not installed.
         """
-        from underpaint.interfaces.component import Component, ComponentSpec
-
         resolved = self.resolve(kind, text)
-        registration, name = resolved.registration, resolved.name
         context = {key: options.pop(key) for key in list(options) if key in CONTEXT[kind]}
-        config = self.config(kind, text, options)
-        arguments: dict[str, Any] = dict(context)
-        if registration.is_family:
-            arguments["model"] = name.model
-        if registration.takes_weights:
-            arguments["weights"] = name.weights
+        return self._make(resolved, resolved.name.weights, options, context)
+
+    def create_from_spec(self, spec: ComponentSpec, /, **override: Any) -> Component:
+        """Make a component again from its saved spec, to load a state dict into.
+
+        Where a name takes weights, the component starts from random ones: its saved state replaces them, and
+        nothing is downloaded. Its own `spec` is the saved one.
+
+        Args:
+            spec: The saved spec.
+            **override: Options or context keywords in place of the saved ones.
+
+        Raises:
+            PluginError: The plugin that registered it is not installed.
+            UnderpaintError: The saved options do not fit the installed version of the component.
+        """
         try:
-            target = load_target(registration.target)
-            component = target(**arguments) if config is None else target(config, **arguments)
+            resolved = self.resolve(spec.kind, spec.name)
+        except NotFoundError as error:
+            raise PluginError(_not_installed(spec, error)) from error
+        # JSON has no tuples, and context keywords are passed on as they are.
+        saved = {key: tuple(value) if isinstance(value, list) else value for key, value in spec.context.items()}
+        changed = {key: value for key, value in override.items() if key in CONTEXT[spec.kind]}
+        options = {**spec.options, **{key: value for key, value in override.items() if key not in changed}}
+        weights = "random" if resolved.registration.takes_weights else None
+        component = self._make(resolved, weights, options, {**saved, **changed})
+        component.spec = attrs.evolve(component.spec, name=spec.name)
+        return component
+
+    def _make(
+        self, resolved: Resolved, weights: str | None, options: Mapping[str, Any], context: Mapping[str, Any]
+    ) -> Component:
+        from underpaint.interfaces.component import ComponentSpec
+
+        registration, name = resolved.registration, resolved.name
+        kind = registration.kind
+        config = self.config(kind, name.base, options)
+        target = _load(registration, registration.target)
+        keywords: dict[str, Any] = dict(context)
+        if registration.is_family:
+            keywords["model"] = name.model
+        if registration.takes_weights:
+            keywords["weights"] = weights
+        arguments = () if config is None else (config,)
+        _check_call(registration, target, arguments, keywords)
+        try:
+            component = target(*arguments, **keywords)
         except ImportError as error:
             raise PluginError(_missing(registration, error)) from error
-        if not isinstance(component, Component):
+        interface = getattr(importlib.import_module(f"underpaint.interfaces.{kind}"), kind.capitalize())
+        if not isinstance(component, interface):
             raise PluginError(
                 f"'{registration.target}' of plugin '{registration.plugin}' made a {type(component).__name__}, "
-                f"which is not an underpaint component; derive it from underpaint.{kind.capitalize()}."
+                f"which is no {kind}; derive it from underpaint.{kind.capitalize()}."
             )
         component.spec = ComponentSpec(
             kind=kind,
@@ -221,12 +272,7 @@ class Catalogue:
             plugin=registration.plugin,
             distribution=registration.distribution,
         )
-        return component
-
-
-def registration_name(items: list[Registration]) -> str:
-    """Return the registered name that a list of rivals shares."""
-    return items[0].name
+        return component  # type: ignore[no-any-return]
 
 
 def _only(items: list[_Item], what: str) -> _Item:
@@ -237,8 +283,8 @@ def _only(items: list[_Item], what: str) -> _Item:
         return winners[0]
     owners = " and ".join(f"'{item.plugin}' ({item.distribution})" for item in items)
     raise PluginError(
-        f"The {what} is registered by {owners}; switch one off with '--no-plugin {items[-1].plugin}', or let one of them "
-        "register it with override=True."
+        f"The {what} is registered by {owners}; switch one off with '--no-plugin {items[-1].plugin}', or let one "
+        "of them register it with override=True."
     )
 
 
@@ -249,6 +295,62 @@ def _missing(registration: Registration, error: ImportError) -> str:
     else:
         how = f"pip install --upgrade '{distribution}'"
     return (
-        f"The {registration.kind} '{registration.name}' cannot be imported ({error}); "
-        f"install what it needs with: {how}"
+        f"The {registration.kind} '{registration.name}' cannot be imported ({error}); install what it needs with: {how}"
+    )
+
+
+def _load(registration: Registration, target: str) -> Any:
+    try:
+        return load_target(target)
+    except PluginError:
+        raise
+    except ImportError as error:
+        raise PluginError(_missing(registration, error)) from error
+    except Exception as error:
+        raise PluginError(
+            f"'{target}' of plugin '{registration.plugin}' cannot be imported, because of an error in it: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _check_call(
+    registration: Registration, target: Any, arguments: tuple[Any, ...], keywords: Mapping[str, Any]
+) -> None:
+    """Refuse a call that Python would refuse, and say whose mistake it is."""
+    try:
+        signature = inspect.signature(target)
+    except (TypeError, ValueError):
+        return
+    missing = [
+        name
+        for name, parameter in signature.parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty and name not in keywords
+    ]
+    if missing and set(missing) <= CONTEXT[registration.kind]:
+        raise ConfigError(
+            f"The {registration.kind} '{registration.name}' is made for its surroundings; "
+            f"pass {', '.join(f'{name}=…' for name in missing)} as well."
+        )
+    try:
+        signature.bind(*arguments, **keywords)
+    except TypeError as error:
+        raise PluginError(
+            f"'{registration.target}' of plugin '{registration.plugin}' cannot be called as underpaint does "
+            f"({error}); its constructor must take "
+            f"(self, {', '.join([*(['config'] if arguments else []), '*', *sorted(keywords)])})."
+        ) from error
+
+
+def _not_installed(spec: ComponentSpec, error: NotFoundError) -> str:
+    if not spec.plugin:
+        return str(error)
+    package = spec.distribution.partition(" ")[0]
+    if not package:
+        return (
+            f"The {spec.kind} '{spec.name}' was made with plugin '{spec.plugin}', which is not loaded; "
+            f"load its file or module with '--plugin'."
+        )
+    return (
+        f"The {spec.kind} '{spec.name}' was made with plugin '{spec.plugin}' of '{spec.distribution}', "
+        f"which is not installed; pip install '{package}'"
     )

@@ -8,6 +8,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
@@ -15,7 +16,7 @@ import attrs
 
 from underpaint.errors import PluginError
 
-__all__ = ["GROUP", "Candidate", "Switches", "find_candidates"]
+__all__ = ["GROUP", "Candidate", "Switches", "extra_candidate", "find_candidates"]
 
 GROUP = "underpaint"
 """Entry-point group; the name of an entry point is the name of the plugin."""
@@ -97,10 +98,15 @@ def find_candidates(extra: Iterable[str] = ()) -> list[Candidate]:
         )
     unique = {(c.name, c.origin, c.distribution): c for c in found}
     found = sorted(unique.values(), key=lambda c: (c.name, c.distribution))
-    return found + [_extra(text) for text in extra]
+    return found + [extra_candidate(text) for text in dict.fromkeys(extra)]
 
 
-def _extra(text: str) -> Candidate:
+def extra_candidate(text: str) -> Candidate:
+    """Return the plugin in a ``.py`` file or a dotted module.
+
+    Raises:
+        PluginError: The file does not exist.
+    """
     if not text.endswith(".py"):
         return Candidate(name=text, origin=text, distribution="", load=lambda: importlib.import_module(text))
     path = Path(text).expanduser().resolve()
@@ -112,14 +118,14 @@ def _extra(text: str) -> Candidate:
 def _load_file(path: Path) -> ModuleType:
     # A file's classes are addressed as "stem:Class", so it must be importable under its stem.
     known = sys.modules.get(path.stem)
-    if known is not None:
-        if getattr(known, "__file__", None) == str(path):
-            return known
-        raise PluginError(
-            f"The plugin file '{path}' would hide the module '{path.stem}' that is already loaded; rename the file."
-        )
+    if known is not None and getattr(known, "__file__", None) == str(path):
+        return known
+    other = known is not None or importlib.util.find_spec(path.stem)
+    if other and not (isinstance(other, ModuleSpec) and other.origin == str(path)):
+        raise PluginError(f"The plugin file '{path}' would hide the module '{path.stem}'; rename the file.")
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
     try:

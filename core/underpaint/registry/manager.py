@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 import time
@@ -10,7 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from types import ModuleType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 import pluggy
@@ -19,9 +20,12 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from underpaint import hookspecs
 from underpaint.errors import NotFoundError, PluginError, suggest
 from underpaint.registry.catalogue import Catalogue
-from underpaint.registry.discovery import Candidate, Switches, find_candidates
+from underpaint.registry.discovery import Candidate, Switches, extra_candidate, find_candidates
 from underpaint.registry.names import KINDS
 from underpaint.registry.registrar import RecipeRegistrar, Registrar
+
+if TYPE_CHECKING:
+    from underpaint.interfaces.component import ComponentSpec
 
 __all__ = ["PluginManager", "PluginRecord", "PluginWarning", "manager"]
 
@@ -92,9 +96,7 @@ class PluginManager:
     def _load_all(self, candidates: Sequence[Candidate]) -> None:
         allowed = []
         for candidate in candidates:
-            record = PluginRecord(
-                name=candidate.name, origin=candidate.origin, distribution=candidate.distribution
-            )
+            record = PluginRecord(name=candidate.name, origin=candidate.origin, distribution=candidate.distribution)
             self.records.append(record)
             if self._is_off(candidate):
                 record.status = "off"
@@ -103,9 +105,7 @@ class PluginManager:
         times = Counter(candidate.name for candidate, _ in allowed)
         for candidate, record in allowed:
             if times[candidate.name] > 1:
-                owners = " and ".join(
-                    f"'{c.distribution or c.origin}'" for c, _ in allowed if c.name == candidate.name
-                )
+                owners = " and ".join(f"'{c.distribution or c.origin}'" for c, _ in allowed if c.name == candidate.name)
                 token = f"{candidate.name}@{candidate.distribution.partition(' ')[0]}"
                 self._fail(
                     record,
@@ -129,22 +129,33 @@ class PluginManager:
 
     def _load(self, candidate: Candidate, record: PluginRecord) -> None:
         start = time.perf_counter()
-        module = None
+        module, registered = None, False
         try:
             module = candidate.load()
             _check_api(module)
             _check_marked(module)
+            self._check_new(module, candidate.name)
+            registered = True
             self._pm.register(module, name=candidate.name)
             record.hooks = tuple(sorted(c.name for c in self._pm.get_hookcallers(module) or ()))
             _check_hooks(record.hooks)
             self._collect(module, record)
         except (Exception, SystemExit) as error:
-            if module is not None and self._pm.is_registered(module):
+            if registered:
                 self._pm.unregister(module)
-            self.catalogue.remove_plugin(record.name)
+                self.catalogue.remove_plugin(record.name)
             self._fail(record, error)
         finally:
             record.seconds = time.perf_counter() - start
+
+    def _check_new(self, module: ModuleType, name: str) -> None:
+        known = self._pm.get_name(module)
+        if known is not None:
+            raise PluginError(
+                f"Its module '{module.__name__}' is already loaded as plugin '{known}'; ask for it by that name alone."
+            )
+        if self._pm.has_plugin(name):
+            raise PluginError(f"Another plugin is called '{name}'; rename this one, or switch off '{name}'.")
 
     def _collect(self, module: ModuleType, record: PluginRecord) -> None:
         names: list[tuple[str, str]] = []
@@ -165,16 +176,14 @@ class PluginManager:
         others = [plugin for plugin in self._pm.get_plugins() if plugin is not module]
         self._pm.subset_hook_caller(hook, remove_plugins=others)(**arguments)
 
-    def _fail(self, record: PluginRecord, error: BaseException) -> None:
+    def _fail(self, record: PluginRecord, error: BaseException, what: str = "is left out") -> None:
         record.status = "failed"
         text = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
         record.error = " ".join(text.split())
         record.traceback = "".join(traceback.format_exception(error))
         if self.switches.strict:
             raise PluginError(f"Plugin '{record.name}' failed: {record.error}\n{record.traceback}") from error
-        self._warn(
-            f"Plugin '{record.name}' is left out: {record.error} 'underpaint plugins show {record.name}' tells more."
-        )
+        self._warn(f"Plugin '{record.name}' {what}: {record.error} 'underpaint plugins show {record.name}' tells more.")
 
     def _warn(self, sentence: str) -> None:
         if self.switches.strict:
@@ -184,17 +193,22 @@ class PluginManager:
     # -- using
 
     def call(self, hook: str, **arguments: Any) -> None:
-        """Call a lifecycle hook of every plugin; one that raises is switched off with a warning."""
-        assert hook in HOOKS and hook not in REGISTRATION_HOOKS
+        """Call a lifecycle hook of every plugin.
+
+        One that raises gets no more calls, with a warning; its components stay, since they may be in use.
+        """
+        assert hook in HOOKS
+        assert not hook.startswith("register_")
         for record in self.records:
             if record.status != "active" or hook not in record.hooks:
                 continue
             module = self._pm.get_plugin(record.name)
+            assert module is not None
             try:
                 self._call_one(module, hook, **arguments)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 self._pm.unregister(module)
-                self._fail(record, error)
+                self._fail(record, error, f"failed in {hook} and gets no more calls")
 
     def record(self, name: str) -> PluginRecord:
         """Return the record of a plugin.
@@ -211,27 +225,51 @@ class PluginManager:
         return min(found, key=lambda record: record.status != "active")
 
     def require(self, name: str) -> PluginRecord:
-        """Return the record of a plugin that a config asks for.
+        """Return the record of a plugin that a config asks for, loading a file or dotted module if it is one.
+
+        Args:
+            name: Name of an installed plugin, ``.py`` file or dotted module.
 
         Raises:
             NotFoundError: It is not installed.
             PluginError: It failed, with its own traceback, or is switched off.
         """
-        record = self.record(name)
+        known = any(record.name == name for record in self.records)
+        record = self.record(name) if known or not _is_importable(name) else self._extra(name)
         if record.status == "failed":
-            raise PluginError(
-                f"The config asks for plugin '{name}', which failed: {record.error}\n{record.traceback}"
-            )
+            raise PluginError(f"The config asks for plugin '{name}', which failed: {record.error}\n{record.traceback}")
         if record.status == "off":
-            raise PluginError(f"The config asks for plugin '{name}', which is switched off; remove it from --no-plugin.")
+            raise PluginError(
+                f"The config asks for plugin '{name}', which is switched off; remove it from --no-plugin."
+            )
         return record
 
-    def create(self, kind: str, name: str, **options: Any) -> Any:
+    def _extra(self, text: str) -> PluginRecord:
+        candidate = extra_candidate(text)
+        for record in self.records:
+            if record.origin == candidate.origin and record.status != "off":
+                return record
+        self._load_all([candidate])
+        return self.records[-1]
+
+    def create(self, kind: str, name: str, /, **options: Any) -> Any:
         """Make a component; see `Catalogue.create`. A name that a failed plugin may own shows its error."""
         try:
             return self.catalogue.create(kind, name, **options)
         except NotFoundError as error:
             raise self.explain(name, error) from None
+
+    def create_from_spec(self, spec: ComponentSpec, /, **override: Any) -> Any:
+        """Make a component again; see `Catalogue.create_from_spec`. A plugin that failed or is off is named."""
+        try:
+            return self.catalogue.create_from_spec(spec, **override)
+        except PluginError as error:
+            for record in self.records:
+                if record.name == spec.plugin and record.status != "active":
+                    raise PluginError(
+                        f"The {spec.kind} '{spec.name}' was made with plugin '{spec.plugin}', which {_state(record)}"
+                    ) from error
+            raise
 
     def explain(self, name: str, error: NotFoundError) -> NotFoundError | PluginError:
         """Say why a name is missing, when a plugin that failed or is off is the likely owner."""
@@ -242,11 +280,7 @@ class PluginManager:
                 continue
             owns = any(registered == base for _, registered in record.names)
             if owns or family in (record.name, record.name.removeprefix("underpaint_")):
-                why = "is switched off" if record.status == "off" else f"failed: {record.error}"
-                return PluginError(
-                    f"{error} Plugin '{record.name}', which may provide it, {why}"
-                    + (f"\n{record.traceback}" if record.traceback else "")
-                )
+                return PluginError(f"{error} Plugin '{record.name}', which may provide it, {_state(record)}")
         return error
 
 
@@ -265,6 +299,21 @@ def reset_manager(new: PluginManager | None = None) -> None:
     """Replace the plugins of this process (tests, ``plugins check``); None loads them anew when next needed."""
     global _manager
     _manager = new
+
+
+def _is_importable(name: str) -> bool:
+    if name.endswith(".py"):
+        return True
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _state(record: PluginRecord) -> str:
+    if record.status == "off":
+        return "is switched off."
+    return f"failed: {record.error}\n{record.traceback}"
 
 
 def _check_api(module: ModuleType) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +94,7 @@ class Registrar:
     Registration hooks receive it as ``register``. It is called once per name.
     """
 
-    def __init__(
-        self, kind: str, plugin: str, distribution: str, sink: Callable[[Registration | Alias], None]
-    ) -> None:
+    def __init__(self, kind: str, plugin: str, distribution: str, sink: Callable[[Registration | Alias], None]) -> None:
         assert kind in KINDS
         self._kind = kind
         self._plugin = plugin
@@ -112,7 +110,7 @@ class Registrar:
         options: Mapping[str, Any] | None = None,
         takes_weights: bool = False,
         models: str | None = None,
-        examples: tuple[str, ...] = (),
+        examples: Sequence[str] = (),
         tiny: Mapping[str, Any] | None = None,
         context: Mapping[str, Any] | None = None,
         extra: str | None = None,
@@ -132,6 +130,12 @@ class Registrar:
             raise PluginError(
                 f"'{name}' is registered with weights; register '{parsed.base}' and pass takes_weights=True."
             )
+        if "*" in name and not (parsed.model == "*" and "*" not in parsed.family):
+            raise PluginError(f"'{name}' is no name; a family is registered as '{parsed.family}/*'.")
+        if isinstance(examples, str):
+            raise PluginError(f"The examples of '{name}' are a text; write examples=('{examples}',).")
+        if parsed.model == "*" and not examples:
+            raise PluginError(f"'{name}' is a family without examples; name models of it for its conformance tests.")
         for label, value in (("target", target), ("config", config), ("models", models)):
             if value is not None and (value.count(":") != 1 or not all(value.split(":"))):
                 raise PluginError(f"The {label} of '{name}' is '{value}'; it must look like 'package.module:Name'.")
@@ -162,9 +166,7 @@ class Registrar:
         """Register a short name for a full one, weights included."""
         parse_name(alias)
         parse_name(name)
-        self._sink(
-            Alias(kind=self._kind, alias=alias, name=name, plugin=self._plugin, distribution=self._distribution)
-        )
+        self._sink(Alias(kind=self._kind, alias=alias, name=name, plugin=self._plugin, distribution=self._distribution))
 
 
 class RecipeRegistrar:

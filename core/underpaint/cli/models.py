@@ -1,0 +1,358 @@
+"""``underpaint encode``, ``reconstruct``, ``sample``, ``evaluate`` and ``report``: the single steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import click
+
+from underpaint.cli.output import print_json, print_table
+from underpaint.config.schema import ComponentConfig, DataConfig, EvaluationConfig, GuidanceConfig, LatentsConfig
+from underpaint.errors import ConfigError, DataError, UnderpaintError
+
+if TYPE_CHECKING:
+    import torch
+
+    from underpaint.models.generator import Generator
+    from underpaint.models.tokenizer import Tokenizer
+    from underpaint.run.data import RunData
+
+__all__ = ["encode", "evaluate", "reconstruct", "report", "sample"]
+
+_data = click.option("--data", required=True, metavar="PATH", help="Images: a folder, Parquet or tar files.")
+_size = click.option("--size", type=int, metavar="PX", help="Side of the square crop.  [default: as trained]")
+_device = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+_batch = click.option("--batch", type=click.IntRange(1), default=32, show_default=True, help="Images at once.")
+
+
+def _pick(device: str) -> torch.device:
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda was asked for, but torch sees no GPU here; use 'auto' or 'cpu'.")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _load_tokenizer(model: str) -> Tokenizer:
+    from underpaint.models.build import load_tokenizer
+
+    return load_tokenizer(model)
+
+
+def _load_generator(model: str) -> Generator:
+    from underpaint.models.folders import load_folder
+    from underpaint.models.generator import Generator
+
+    found = load_folder(model)
+    if not isinstance(found, Generator):
+        raise DataError(
+            f"'{model}' holds a tokenizer, and samples need a generator; train one with 'underpaint train'."
+        )
+    return found
+
+
+def _open(data: str, tokenizer: Tokenizer, size: int | None) -> RunData:
+    from underpaint.data.sources import guess_dataset
+    from underpaint.run.data import open_run_data
+
+    trained = tokenizer.about.get("size")
+    if size is None and trained is None:
+        raise ConfigError("The tokenizer does not say at which size it was trained; give --size.")
+    height, width = (size, size) if size is not None else tuple(trained or ())
+    tokenizer.grid(height, width)
+    guessed = guess_dataset(data)
+    return open_run_data(
+        DataConfig(train=guessed.train, validation=guessed.validation or guessed.train, size=(height, width), workers=0)
+    )
+
+
+@click.command()
+@click.argument("model")
+@_data
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the latent cache.")
+@_size
+@click.option("--flip", is_flag=True, help="Store the latents of the flipped images too.")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
+@click.option("--shard", type=click.IntRange(1), default=4096, show_default=True, help="Samples per shard.")
+@_batch
+@click.option("--check", is_flag=True, help="Only compare the files of the cache with their hashes.")
+@click.option("--rebuild", is_flag=True, help="Delete what is in --out first.")
+@_device
+@_json
+def encode(
+    model: str,
+    data: str,
+    out: Path,
+    size: int | None,
+    flip: bool,
+    dtype: Any,
+    shard: int,
+    batch: int,
+    check: bool,
+    rebuild: bool,
+    device: Any,
+    as_json: bool,
+) -> None:
+    """Encode a data set into a latent cache, with exact per-channel statistics.
+
+    MODEL is a tokenizer, generator or run folder. Goes on where an interrupted call stopped; runs under torchrun too.
+    """
+    from underpaint.data.latents import LatentCache
+    from underpaint.run.data import build_cache
+    from underpaint.training.ranks import Ranks
+
+    if check:
+        cache = LatentCache(out, None)
+        cache.verify()
+    else:
+        tokenizer = _load_tokenizer(model)
+        images = _open(data, tokenizer, size)
+        config = LatentsConfig(flip=flip, dtype=dtype, shard=shard, batch=batch)
+        with Ranks(device) as ranks:
+            cache = build_cache(out, tokenizer.to(ranks.device), images, config, ranks, rebuild=rebuild)
+            if not ranks.is_main:
+                return
+    facts = {
+        "folder": str(out),
+        "samples": len(cache),
+        "shape": list(cache.identity.shape),
+        "tokenizer": cache.identity.tokenizer,
+        "hash": cache.fingerprint,
+        "mean": cache.mean.tolist(),
+        "std": cache.std.tolist(),
+        "verified": check,
+    }
+    if as_json:
+        print_json(facts)
+    else:
+        click.echo(
+            f"{len(cache)} latents of {'×'.join(map(str, cache.identity.shape))} in '{out}', "
+            f"hash {cache.fingerprint[:16]}" + (", every file matches its hash." if check else ".")
+        )
+
+
+@click.command()
+@click.argument("model")
+@_data
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="PNG file: originals above reconstructions."
+)
+@click.option("--count", type=click.IntRange(1), default=16, show_default=True, help="Images.")
+@_size
+@_device
+@_json
+def reconstruct(model: str, data: str, out: Path, count: int, size: int | None, device: str, as_json: bool) -> None:
+    """Encode and decode images, and write them beside their originals."""
+    import numpy as np
+
+    from underpaint.config.recipe import write_atomically
+    from underpaint.report.pictures import contact_sheet
+
+    tokenizer = _load_tokenizer(model).to(_pick(device))
+    numbers, shown = _reconstruction(tokenizer, _open(data, tokenizer, size), count, 32, count)
+    columns = min(len(shown.images), 8)
+    rows = []
+    for start in range(0, len(shown.images), columns):
+        for block in (shown.originals, shown.images):
+            assert block is not None
+            part = block[start : start + columns]
+            rows.append(np.concatenate([part, np.full((columns - len(part), *part.shape[1:]), 255, np.uint8)]))
+    write_atomically(out, contact_sheet(np.concatenate(rows), columns))
+    _show(numbers, as_json)
+    click.echo(f"Originals above, reconstructions below: {out}", err=True)
+
+
+def _reconstruction(tokenizer: Tokenizer, data: RunData, count: int, batch: int, show: int) -> Any:
+    from underpaint.data.loader import ImagePass
+    from underpaint.evaluation.measure import make_metrics, measure_reconstruction
+
+    device = next(tokenizer.parameters()).device
+    config = EvaluationConfig()
+    images = ImagePass(
+        data.validation, transform=data.plain_crop(), batch=batch, indices=data.validation_indices[:count]
+    )
+    facts = {
+        "data": data.validation.spec.name,
+        "data_hash": data.fingerprint("validation"),
+        "image_size": [data.config.height, data.config.width],
+        "crop": "short side resized, centre",
+    }
+    return measure_reconstruction(
+        tokenizer, images, make_metrics(config.reconstruction, device), facts=facts, show=show
+    )
+
+
+@click.command()
+@click.argument("model")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for grid.png and samples.npz.")
+@click.option("--count", type=click.IntRange(1), default=16, show_default=True, help="Images.")
+@click.option("--labels", metavar="LIST", help="Class indices separated by commas, repeated as needed.")
+@click.option("--text", multiple=True, help="Captions, for generators that take text.")
+@click.option("--steps", type=click.IntRange(1), help="Solver steps.  [default: the generator's]")
+@click.option("--guidance", type=float, help="Guidance scale.  [default: the generator's]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the first image; the next counts on.")
+@_batch
+@_device
+def sample(
+    model: str,
+    out: Path,
+    count: int,
+    labels: str | None,
+    text: tuple[str, ...],
+    steps: int | None,
+    guidance: float | None,
+    seed: int,
+    batch: int,
+    device: str,
+) -> None:
+    """Draw images from a generator: a grid to look at, and all of them in one .npz (arr_0: N×H×W×3 uint8)."""
+    import numpy as np
+    import torch
+
+    from underpaint.config.recipe import write_atomically
+    from underpaint.data.transforms import to_uint8
+    from underpaint.report.pictures import contact_sheet
+
+    generator = _load_generator(model).to(_pick(device))
+    settings = generator.settings
+    if steps is not None:
+        options = {**settings.sampler.options, "steps": steps}
+        settings = attrs.evolve(settings, sampler=attrs.evolve(settings.sampler, options=options))
+    if guidance is not None:
+        settings = attrs.evolve(settings, guidance=attrs.evolve(settings.guidance, scale=guidance))
+    inputs = _sample_inputs(generator, labels, text, count)
+    images = []
+    for start in range(0, count, batch):
+        end = min(start + batch, count)
+        drawn = generator.sample(inputs[start:end], seeds=range(seed + start, seed + end), settings=settings)
+        images.append(to_uint8(drawn).cpu().numpy())
+    out.mkdir(parents=True, exist_ok=True)
+    pixels = np.concatenate(images)
+    kept: dict[str, Any] = {"arr_0": pixels}
+    if isinstance(inputs, torch.Tensor):
+        kept["arr_1"] = inputs.numpy()
+    np.savez(out / "samples.npz", **kept)
+    write_atomically(out / "grid.png", contact_sheet(pixels[:64], min(8, count)))
+    click.echo(f"{count} images: {out / 'grid.png'} and {out / 'samples.npz'}")
+
+
+def _sample_inputs(generator: Generator, labels: str | None, text: tuple[str, ...], count: int) -> Any:
+    import torch
+
+    if generator.conditioner.accepts == "text":
+        if not text:
+            raise ConfigError("This generator takes captions; give at least one with --text.")
+        return [text[i % len(text)] for i in range(count)]
+    if text:
+        raise ConfigError("This generator takes class labels, not captions; use --labels.")
+    classes = max(len(generator.classes), 1)
+    if labels is None:
+        return torch.arange(count) % classes
+    try:
+        chosen = [int(part) for part in labels.split(",")]
+    except ValueError:
+        raise ConfigError(f"--labels is '{labels}'; write class indices such as '1,7,23'.") from None
+    wrong = [label for label in chosen if not 0 <= label < classes]
+    if wrong:
+        raise ConfigError(f"--labels has {wrong[0]}, and the generator's classes are 0 to {classes - 1}.")
+    return torch.tensor([chosen[i % len(chosen)] for i in range(count)])
+
+
+@click.command()
+@click.argument("model")
+@_data
+@click.option("--count", type=click.IntRange(2), default=1000, show_default=True, help="Images per number.")
+@click.option("--metric", multiple=True, help="Distance between sets for samples, such as 'frechet'; repeatable.")
+@click.option("--steps", type=click.IntRange(1), default=50, show_default=True, help="Solver steps for samples.")
+@click.option("--guidance", type=float, default=1.0, show_default=True, help="Guidance scale for samples.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@_size
+@_batch
+@_device
+@click.option("--save", type=click.Path(path_type=Path), help="Write the numbers with their protocols to this file.")
+@click.option("--compare", type=click.Path(path_type=Path, exists=True), help="Numbers of an earlier --save.")
+@click.option("--force", is_flag=True, help="Compare numbers of different protocols all the same.")
+@_json
+def evaluate(
+    model: str,
+    data: str,
+    count: int,
+    metric: tuple[str, ...],
+    steps: int,
+    guidance: float,
+    seed: int,
+    size: int | None,
+    batch: int,
+    device: str,
+    save: Path | None,
+    compare: Path | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Measure a tokenizer's reconstructions, and a generator's samples, on held-out images."""
+    from underpaint.data.loader import ImagePass
+    from underpaint.evaluation.measure import make_metrics, measure_generation
+    from underpaint.evaluation.protocol import read_numbers, write_numbers
+    from underpaint.models.folders import load_folder
+    from underpaint.models.generator import Generator
+
+    found = load_folder(model).to(_pick(device))
+    tokenizer = found.tokenizer if isinstance(found, Generator) else found
+    images = _open(data, tokenizer, size)
+    numbers, _ = _reconstruction(tokenizer, images, count, batch, 1)
+    if isinstance(found, Generator) and metric:
+        config = EvaluationConfig(
+            images=count,
+            batch=batch,
+            sampler=ComponentConfig(name="euler", options={"steps": steps}),
+            guidance=GuidanceConfig(scale=guidance),
+            seed=seed,
+        )
+        metrics = make_metrics([ComponentConfig(name=name) for name in metric], _pick(device))
+        references = ImagePass(
+            images.validation, transform=images.plain_crop(), batch=batch, indices=images.validation_indices[:count]
+        )
+        facts = {"data": images.validation.spec.name, "data_hash": images.fingerprint("validation")}
+        more, _ = measure_generation(found, references, metrics, config, count=count, facts=facts)
+        numbers += more
+    if save is not None:
+        write_numbers(save, numbers)
+    _show(numbers, as_json)
+    if compare is not None:
+        _compare(numbers, read_numbers(compare), force)
+
+
+def _compare(numbers: list[Any], earlier: list[Any], force: bool) -> None:
+    from underpaint.evaluation.protocol import compare as compared
+
+    before = {number.name: number for number in earlier}
+    shared = [number for number in numbers if number.name in before]
+    if not shared:
+        raise UnderpaintError("The file given to --compare holds no number of the same name.")
+    rows = []
+    for number in shared:
+        compared(before[number.name], number, force=force)
+        old = before[number.name].value
+        rows.append([number.name, f"{old:.4f}", f"{number.value:.4f}", f"{number.value - old:+.4f}"])
+    print_table(rows, ["number", "before", "now", "difference"])
+
+
+def _show(numbers: list[Any], as_json: bool) -> None:
+    from underpaint.evaluation.protocol import format_table
+
+    if as_json:
+        print_json([{"name": n.name, "value": n.value, "id": n.id, "protocol": n.protocol} for n in numbers])
+    else:
+        click.echo(format_table(numbers))
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
+def report(run: Path) -> None:
+    """Write the report of a run folder again."""
+    from underpaint.report.page import write_report
+
+    click.echo(str(write_report(run)))

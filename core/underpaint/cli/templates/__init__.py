@@ -1,0 +1,1 @@
+"""The files that ``underpaint plugins new`` writes, as Jinja templates."""

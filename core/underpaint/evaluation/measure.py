@@ -1,0 +1,178 @@
+"""Runs metrics over reconstructions and samples, each number with its protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import attrs
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from underpaint.config.schema import ComponentConfig, EvaluationConfig
+from underpaint.data.loader import Batch
+from underpaint.data.transforms import to_tensor, to_uint8
+from underpaint.errors import ConfigError
+from underpaint.evaluation.protocol import Number
+from underpaint.interfaces.metric import Metric
+from underpaint.models.generator import Generator, SamplingSettings
+from underpaint.models.tokenizer import Tokenizer
+from underpaint.registry.manager import manager
+
+__all__ = ["Shown", "make_metrics", "measure_generation", "measure_reconstruction"]
+
+
+@attrs.define(eq=False)
+class Shown:
+    """The first pictures of an evaluation, for grids.
+
+    Attributes:
+        originals: N×H×W×3 uint8, or None.
+        images: N×H×W×3 uint8: reconstructions or samples.
+        latents: N×d×h×w float32, or None.
+        labels: N class indices, or None.
+    """
+
+    images: NDArray[np.uint8]
+    originals: NDArray[np.uint8] | None = None
+    latents: NDArray[np.float32] | None = None
+    labels: NDArray[np.int64] | None = None
+
+
+def make_metrics(configs: Sequence[ComponentConfig], device: torch.device) -> list[Metric]:
+    """Make metrics on a device. What one of them lacks (weights, say) is said before anything is measured."""
+    metrics = []
+    for config in configs:
+        metric = manager().create("metric", config.name, **config.options)
+        assert isinstance(metric, Metric)
+        metrics.append(metric.to(device))
+    return metrics
+
+
+@torch.inference_mode()
+def measure_reconstruction(
+    tokenizer: Tokenizer,
+    images: Iterable[Batch],
+    metrics: Sequence[Metric],
+    *,
+    facts: Mapping[str, Any],
+    show: int,
+) -> tuple[list[Number], Shown]:
+    """Compare reconstructions with their originals.
+
+    Reconstructions are rounded to 8 bit, as files would hold them.
+
+    Args:
+        tokenizer: On its device, in evaluation mode.
+        images: This rank's images.
+        metrics: Paired ones and distances between the two sets.
+        facts: What the protocol says of the images: data set, its hash, crop.
+        show: Pictures to return.
+
+    Returns:
+        The numbers over all ranks, and this rank's first pictures.
+    """
+    device = next(tokenizer.parameters()).device
+    originals: list[NDArray[np.uint8]] = []
+    decoded: list[NDArray[np.uint8]] = []
+    latents: list[NDArray[np.float32]] = []
+    shown = 0
+    for batch in images:
+        reference = to_tensor(batch.images.to(device))
+        z = tokenizer.encode(reference)
+        pixels = to_uint8(tokenizer.decode(z))
+        image = to_tensor(pixels)
+        for metric in metrics:
+            metric.update(image, reference if metric.needs_references else None)
+        if shown < show:
+            take = min(show - shown, len(batch))
+            originals.append(batch.images[:take].numpy())
+            decoded.append(pixels[:take].cpu().numpy())
+            latents.append(z[:take].float().cpu().numpy())
+            shown += take
+    numbers = _numbers(metrics, {**facts, "compared": "reconstructions with their originals"}, "r")
+    return numbers, Shown(np.concatenate(decoded), np.concatenate(originals), np.concatenate(latents))
+
+
+@torch.inference_mode()
+def measure_generation(
+    generator: Generator,
+    references: Iterable[Batch],
+    metrics: Sequence[Metric],
+    config: EvaluationConfig,
+    *,
+    count: int,
+    facts: Mapping[str, Any],
+    rank: int = 0,
+    world_size: int = 1,
+) -> tuple[list[Number], Shown]:
+    """Compare samples with reference images as two sets.
+
+    Args:
+        generator: On its device, in evaluation mode.
+        references: This rank's reference images.
+        metrics: Distances between sets.
+        config: Sampler, guidance, labels, seed, batch.
+        count: Samples in all.
+        facts: What the protocol says of the references.
+        rank: Each rank draws its share of the batches.
+        world_size: Number of ranks.
+
+    Returns:
+        The numbers over all ranks, and this rank's first samples.
+
+    Raises:
+        ConfigError: A metric compares image by image, which samples have no originals for.
+    """
+    for metric in metrics:
+        if metric.paired:
+            raise ConfigError(
+                f"The metric '{metric.spec.name}' compares image by image and cannot measure samples; "
+                "move it to evaluation.reconstruction."
+            )
+    device = next(generator.backbone.parameters()).device
+    settings = SamplingSettings(sampler=config.sampler, guidance=config.guidance)
+    images: list[NDArray[np.uint8]] = []
+    labels: list[NDArray[np.int64]] = []
+    shown = 0
+    for index, (inputs, seeds) in enumerate(generator.batches(count, config.batch, config.labels, config.seed)):
+        if index % world_size != rank:
+            continue
+        pixels = to_uint8(generator.sample(inputs, seeds=seeds, settings=settings))
+        for metric in metrics:
+            metric.update(to_tensor(pixels), None)
+        if shown < config.show:
+            take = min(config.show - shown, len(pixels))
+            images.append(pixels[:take].cpu().numpy())
+            labels.append(inputs[:take].numpy())
+            shown += take
+    for batch in references:
+        for metric in metrics:
+            if metric.needs_references:
+                metric.update(None, to_tensor(batch.images.to(device)))
+    sampler = manager().create("sampler", config.sampler.name, **config.sampler.options)
+    protocol = {
+        **facts,
+        "compared": "samples with images",
+        "samples": count,
+        "sampler": dict(sampler.protocol()),
+        "guidance": attrs.asdict(config.guidance),
+        "labels": config.labels,
+        "seed": config.seed,
+    }
+    found = Shown(
+        np.concatenate(images) if images else np.zeros((0, 1, 1, 3), np.uint8),
+        labels=np.concatenate(labels) if labels else np.zeros(0, np.int64),
+    )
+    return _numbers(metrics, protocol, "g"), found
+
+
+def _numbers(metrics: Sequence[Metric], facts: Mapping[str, Any], side: str) -> list[Number]:
+    # r and g as in rFID and gFID: one distance, of reconstructions and of generated images.
+    numbers = []
+    for metric in metrics:
+        for name, value in metric.compute().items():
+            label = name if metric.paired else f"{side}{name[0].upper()}{name[1:]}" if name != "fid" else f"{side}FID"
+            numbers.append(Number(name=label, value=value, protocol={**facts, **metric.protocol()}))
+    return numbers

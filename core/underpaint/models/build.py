@@ -1,0 +1,119 @@
+"""Makes the models that a recipe describes."""
+
+from __future__ import annotations
+
+import torch
+
+from underpaint.config.schema import ComponentConfig, DiffusionConfig, TokenizerConfig
+from underpaint.errors import ConfigError, DataError
+from underpaint.interfaces.adapter import Adapter
+from underpaint.interfaces.backbone import Backbone
+from underpaint.interfaces.conditioner import Conditioner
+from underpaint.interfaces.decoder import Decoder
+from underpaint.interfaces.encoder import Encoder
+from underpaint.models.folders import load_folder
+from underpaint.models.tokenizer import Tokenizer
+from underpaint.registry.manager import manager
+
+__all__ = ["build_generator_parts", "build_tokenizer", "load_tokenizer"]
+
+
+def build_tokenizer(config: TokenizerConfig, seed: int) -> Tokenizer:
+    """Make a tokenizer from its parts, or load the finished one that the config names.
+
+    Channel counts and the decoder's scale are worked out from the encoder and adapter.
+
+    Args:
+        config: The recipe's tokenizer.
+        seed: Seed of the random initialisation.
+    """
+    if config.load is not None:
+        return load_tokenizer(config.load)
+    assert config.encoder is not None
+    assert config.adapter is not None
+    assert config.decoder is not None
+    torch.manual_seed(seed)
+    encoder = _create("encoder", config.encoder)
+    assert isinstance(encoder, Encoder)
+    adapter = _create(
+        "adapter", config.adapter, in_channels=encoder.info.channels, latent_channels=config.latent_channels
+    )
+    assert isinstance(adapter, Adapter)
+    decoder = _create(
+        "decoder",
+        config.decoder,
+        latent_channels=config.latent_channels,
+        stride=encoder.info.stride * adapter.stride,
+    )
+    assert isinstance(decoder, Decoder)
+    return Tokenizer(encoder, adapter, decoder)
+
+
+def load_tokenizer(location: str) -> Tokenizer:
+    """Load an exported tokenizer folder.
+
+    Raises:
+        DataError: The folder holds something else.
+    """
+    model = load_folder(location)
+    if not isinstance(model, Tokenizer):
+        return model.tokenizer
+    return model
+
+
+def build_generator_parts(
+    config: DiffusionConfig,
+    tokenizer: Tokenizer,
+    *,
+    grid: tuple[int, int],
+    classes: int,
+    has_text: bool,
+    seed: int,
+) -> tuple[Backbone, Conditioner]:
+    """Make backbone and conditioner for a tokenizer's latents.
+
+    Args:
+        config: The recipe's diffusion section.
+        tokenizer: Whose latents are generated.
+        grid: Height and width of the latents.
+        classes: Classes of the data set, 0 when it has none.
+        has_text: Whether its samples carry captions.
+        seed: Seed of the random initialisation.
+
+    Raises:
+        ConfigError: The backbone does not fit the grid.
+        DataError: The conditioner needs captions that the data set lacks.
+    """
+    torch.manual_seed(seed)
+    options = manager().catalogue.config(
+        "backbone", config.backbone.name, config.backbone.options, "diffusion.backbone"
+    )
+    width = getattr(options, "width", None)
+    if not isinstance(width, int):
+        raise ConfigError(f"The config of backbone '{config.backbone.name}' declares no width; its plugin must.")
+    conditioner = _create("conditioner", config.conditioner, width=width, classes=classes)
+    assert isinstance(conditioner, Conditioner)
+    if conditioner.accepts == "text" and not has_text:
+        raise DataError(
+            f"The conditioner '{config.conditioner.name}' needs captions, and the data set has none; "
+            "use 'labels', or data with texts."
+        )
+    backbone = _create(
+        "backbone",
+        config.backbone,
+        latent_channels=tokenizer.latent_channels,
+        grid=grid,
+        pooled_dim=conditioner.pooled_dim,
+        token_dim=conditioner.token_dim,
+    )
+    assert isinstance(backbone, Backbone)
+    if grid[0] % backbone.patch or grid[1] % backbone.patch:
+        raise ConfigError(
+            f"The backbone '{config.backbone.name}' cuts latents into {backbone.patch}×{backbone.patch} patches, "
+            f"which do not divide the {grid[0]}×{grid[1]} grid; choose a patch that does."
+        )
+    return backbone, conditioner
+
+
+def _create(kind: str, config: ComponentConfig, **context: object) -> object:
+    return manager().create(kind, config.name, **config.options, **context)

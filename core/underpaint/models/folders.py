@@ -1,0 +1,300 @@
+"""Saves and loads models as folders: ``config.json``, ``model.safetensors``, ``README.md``."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+import fsspec
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from underpaint.config.schema import ComponentConfig
+from underpaint.config.structure import structure, unstructure
+from underpaint.errors import DataError, NotFoundError
+from underpaint.interfaces.component import ComponentSpec
+from underpaint.interfaces.encoder import Encoder
+from underpaint.models.generator import Generator, SamplingSettings
+from underpaint.models.tokenizer import LatentStatistics, Tokenizer
+from underpaint.registry.manager import manager
+
+__all__ = ["FORMAT", "copy_generator", "copy_tokenizer", "load_folder", "save_generator", "save_tokenizer"]
+
+FORMAT = 1
+"""Version of the folder layout."""
+
+
+# ---------------------------------------------------------------------------------------------- saving
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write a tokenizer to a folder, replacing what was there as a whole."""
+    config = {
+        "format": FORMAT,
+        "type": "tokenizer",
+        "components": {name: _spec(getattr(tokenizer, name)) for name in ("encoder", "adapter", "decoder")},
+        "latent": {
+            "channels": tokenizer.latent_channels,
+            "stride": tokenizer.stride,
+            "fingerprint": tokenizer.fingerprint(),
+            "statistics": None if tokenizer.statistics is None else unstructure(tokenizer.statistics),
+        },
+        "about": tokenizer.about,
+    }
+    with _Replace(folder) as target:
+        _write(target, config, tokenizer.state_dict(), _card(config))
+
+
+def save_generator(generator: Generator, folder: Path) -> None:
+    """Write a generator, its tokenizer inside, to a folder, replacing what was there as a whole."""
+    config = {
+        "format": FORMAT,
+        "type": "generator",
+        "components": {name: _spec(getattr(generator, name)) for name in ("backbone", "conditioner")},
+        "grid": list(generator.grid),
+        "classes": list(generator.classes),
+        "sampling": {
+            "sampler": {"name": generator.settings.sampler.name, **generator.settings.sampler.options},
+            "guidance": unstructure(generator.settings.guidance),
+        },
+        "about": generator.about,
+    }
+    own = {
+        f"{part}.{name}": tensor
+        for part in ("backbone", "conditioner")
+        for name, tensor in getattr(generator, part).state_dict().items()
+    }
+    with _Replace(folder) as target:
+        save_tokenizer(generator.tokenizer, target / "tokenizer")
+        _write(target, config, own, _card(config))
+
+
+class _Replace:
+    """A folder written beside its place, then renamed into it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._new = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
+
+    def __enter__(self) -> Path:
+        self._new.mkdir(parents=True)
+        return self._new
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:
+            shutil.rmtree(self._new, ignore_errors=True)
+            return
+        old = self._folder.with_name(f".{self._folder.name}.{uuid.uuid4().hex}.old")
+        if self._folder.exists():
+            self._folder.rename(old)
+        self._new.rename(self._folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], card: str) -> None:
+    state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for path in folder.iterdir():
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _spec(component: Any) -> dict[str, Any]:
+    plain = dict(unstructure(component.spec))
+    if isinstance(component, Encoder):
+        plain["licence"] = component.info.licence
+        plain["source"] = component.info.source
+    return plain
+
+
+def _card(config: Mapping[str, Any]) -> str:
+    parts = config["components"]
+    licences = sorted({part["licence"] for part in parts.values() if part.get("licence")})
+    lines = ["---", "library_name: underpaint", f"tags: [{config['type']}, image]"]
+    lines += ["---", "", f"# {config['about'].get('title', 'An underpaint ' + config['type'])}", ""]
+    lines += [f"{line}\n" for line in config["about"].get("facts", ())]
+    lines += ["| part | name | from |", "|---|---|---|"]
+    lines += [f"| {kind} | `{part['name']}` | {part['distribution']} |" for kind, part in parts.items()]
+    if licences:
+        lines += ["", f"Licence of the encoder's weights: {'; '.join(licences)}."]
+    lines += ["", "```python", "import underpaint", "", "model = underpaint.load('PATH_OF_THIS_FOLDER')", "```", ""]
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------- loading
+
+
+def load_folder(location: str | Path) -> Tokenizer | Generator:
+    """Load a tokenizer or generator; see `underpaint.load`."""
+    place = _Place(str(location))
+    if not place.has("config.json"):
+        for inner in ("generator", "tokenizer"):
+            if place.has(f"{inner}/config.json"):
+                return load_folder(place.join(inner))
+        what = "has no config.json" if place.exists() else "does not exist"
+        raise NotFoundError(
+            f"'{location}' {what}; give an exported tokenizer or generator folder, or a run folder that holds one."
+        )
+    config = place.read_json("config.json")
+    if config.get("format") != FORMAT:
+        raise DataError(
+            f"'{location}' has layout {config.get('format')!r}, and this underpaint reads {FORMAT}; "
+            "it was written by another version or another program."
+        )
+    tensors = place.read_tensors("model.safetensors")
+    if config.get("type") == "tokenizer":
+        return _tokenizer(config, tensors, str(location))
+    if config.get("type") == "generator":
+        tokenizer = load_folder(place.join("tokenizer"))
+        assert isinstance(tokenizer, Tokenizer)
+        return _generator(config, tensors, tokenizer, str(location))
+    raise DataError(f"'{location}' holds a {config.get('type')!r}, which is neither a tokenizer nor a generator.")
+
+
+class _Place:
+    """A local folder or an fsspec URL of one."""
+
+    def __init__(self, location: str) -> None:
+        self._location = location.rstrip("/")
+        self._system, self._path = fsspec.core.url_to_fs(self._location)
+
+    def join(self, inner: str) -> str:
+        return f"{self._location}/{inner}"
+
+    def exists(self) -> bool:
+        return bool(self._system.exists(self._path))
+
+    def has(self, inner: str) -> bool:
+        return bool(self._system.isfile(f"{self._path}/{inner}"))
+
+    def _bytes(self, inner: str) -> bytes:
+        try:
+            data = self._system.cat_file(f"{self._path}/{inner}")
+        except FileNotFoundError:
+            raise DataError(f"'{self._location}' lacks {inner}; the folder is incomplete.") from None
+        except OSError as error:
+            raise DataError(f"'{self.join(inner)}' cannot be read: {error}.") from error
+        assert isinstance(data, bytes)
+        return data
+
+    def read_json(self, inner: str) -> dict[str, Any]:
+        try:
+            value = json.loads(self._bytes(inner))
+        except ValueError as error:
+            raise DataError(f"'{self.join(inner)}' is damaged: {error}.") from error
+        if not isinstance(value, dict):
+            raise DataError(f"'{self.join(inner)}' is damaged: it holds no mapping.")
+        return value
+
+    def read_tensors(self, inner: str) -> dict[str, Tensor]:
+        try:
+            return dict(load_tensors(self._bytes(inner)))
+        except DataError:
+            raise
+        except Exception as error:
+            raise DataError(f"'{self.join(inner)}' is damaged: {error}.") from error
+
+
+def _build(plain: Mapping[str, Any]) -> Any:
+    """Make a component again from its saved spec, without its initial weights."""
+    fields = {key: value for key, value in plain.items() if key not in ("licence", "source")}
+    spec = structure(fields, ComponentSpec, "components")
+    component = manager().catalogue.create_from_spec(spec)
+    if isinstance(component, Encoder):
+        component.info = attrs.evolve(
+            component.info,
+            licence=plain.get("licence", component.info.licence),
+            source=plain.get("source", component.info.source),
+        )
+    return component
+
+
+def _tokenizer(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> Tokenizer:
+    parts = {name: _build(config["components"][name]) for name in ("encoder", "adapter", "decoder")}
+    latent = config["latent"]
+    statistics = latent["statistics"] and structure(latent["statistics"], LatentStatistics, "latent.statistics")
+    tokenizer = Tokenizer(**parts, statistics=statistics, about=config["about"])
+    _load_state(tokenizer, tensors, where)
+    if tokenizer.fingerprint() != latent["fingerprint"]:
+        raise DataError(
+            f"The weights in '{where}' do not give the fingerprint {latent['fingerprint']} of its config.json; "
+            "the files do not belong together."
+        )
+    return tokenizer.eval()
+
+
+def _generator(config: Mapping[str, Any], tensors: Mapping[str, Tensor], tokenizer: Tokenizer, where: str) -> Generator:
+    sampling = config["sampling"]
+    generator = Generator(
+        tokenizer,
+        _build(config["components"]["backbone"]),
+        _build(config["components"]["conditioner"]),
+        grid=(config["grid"][0], config["grid"][1]),
+        classes=config["classes"],
+        settings=SamplingSettings(
+            sampler=structure(sampling["sampler"], ComponentConfig, "sampling.sampler"),
+            guidance=structure(sampling["guidance"], type(SamplingSettings().guidance), "sampling.guidance"),
+        ),
+        about=config["about"],
+    )
+    own = nn.ModuleDict({"backbone": generator.backbone, "conditioner": generator.conditioner})
+    _load_state(own, tensors, where)
+    return generator.eval()
+
+
+def copy_tokenizer(tokenizer: Tokenizer, state: Mapping[str, Tensor]) -> Tokenizer:
+    """Return a second tokenizer of the same make on the CPU, with these weights.
+
+    Args:
+        tokenizer: What to copy; its own weights are not used.
+        state: All tensors of ``tokenizer.state_dict()``.
+    """
+    parts = {name: _build(_spec(getattr(tokenizer, name))) for name in ("encoder", "adapter", "decoder")}
+    copy = Tokenizer(**parts, statistics=tokenizer.statistics, about=tokenizer.about)
+    _load_state(copy, state, "the engine")
+    return copy.eval()
+
+
+def copy_generator(generator: Generator, state: Mapping[str, Tensor]) -> Generator:
+    """Return a second generator on the CPU that shares the tokenizer, with these weights.
+
+    Args:
+        generator: What to copy; the weights of its backbone and conditioner are not used.
+        state: Tensors ``backbone.*`` and ``conditioner.*``.
+    """
+    copy = Generator(
+        generator.tokenizer,
+        _build(_spec(generator.backbone)),
+        _build(_spec(generator.conditioner)),
+        grid=generator.grid,
+        classes=generator.classes,
+        settings=generator.settings,
+        about=generator.about,
+    )
+    _load_state(nn.ModuleDict({"backbone": copy.backbone, "conditioner": copy.conditioner}), state, "the engine")
+    return copy.eval()
+
+
+def _load_state(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if wanted != given:
+        wrong = [name for name in sorted(wanted.keys() | given.keys()) if wanted.get(name) != given.get(name)]
+        first = wrong[0]
+        raise DataError(
+            f"The weights in '{where}' do not fit its components in {len(wrong)} tensors, the first '{first}': "
+            f"{wanted.get(first, 'not wanted')} wanted, {given.get(first, 'missing')} in the file."
+        )
+    with torch.no_grad():
+        module.load_state_dict(dict(tensors))

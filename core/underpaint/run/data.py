@@ -1,0 +1,248 @@
+"""The data sets of a run, and the latent cache made from them."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import attrs
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from underpaint.config.schema import DataConfig, LatentsConfig
+from underpaint.data.latents import CacheIdentity, LatentCache, LatentCacheWriter
+from underpaint.data.loader import Batch, ImagePass
+from underpaint.data.order import Order
+from underpaint.data.sources import open_dataset, split
+from underpaint.data.transforms import Crop, to_tensor
+from underpaint.errors import ConfigError
+from underpaint.interfaces.dataset import Dataset
+from underpaint.models.tokenizer import LatentStatistics, Tokenizer
+from underpaint.training.ranks import Ranks
+
+__all__ = ["RunData", "build_cache", "cache_statistics", "open_run_data"]
+
+_SPREAD_SEED = 7
+
+
+@attrs.frozen(eq=False, kw_only=True)
+class RunData:
+    """Training and validation samples.
+
+    Attributes:
+        config: The recipe's data section.
+        train: Data set to train on.
+        train_indices: Its samples that are trained on.
+        validation: Data set to measure on; may be the same.
+        validation_indices: Its samples that are measured on.
+    """
+
+    config: DataConfig
+    train: Dataset
+    train_indices: NDArray[np.int64]
+    validation: Dataset
+    validation_indices: NDArray[np.int64]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Name of each label."""
+        return self.train.classes
+
+    def train_crop(self) -> Crop:
+        """How training images are cut."""
+        return Crop(self.config.height, self.config.width, self.config.crop, self.config.flip)
+
+    def plain_crop(self) -> Crop:
+        """How images are cut to be measured or encoded: from the middle, never flipped."""
+        return Crop(self.config.height, self.config.width)
+
+    def fingerprint(self, part: str = "train") -> str:
+        """Return a hash of the samples of ``train`` or ``validation``."""
+        dataset = self.train if part == "train" else self.validation
+        indices = self.train_indices if part == "train" else self.validation_indices
+        return hashlib.sha256(dataset.fingerprint().encode() + indices.tobytes()).hexdigest()[:32]
+
+    def validation_pass(self, count: int, batch: int, ranks: Ranks) -> ImagePass:
+        """Read this rank's share of the first `count` validation images."""
+        return ImagePass(
+            self.validation,
+            transform=self.plain_crop(),
+            batch=batch,
+            indices=self.validation_indices[:count],
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            workers=0,
+            max_broken=self.config.max_broken,
+        )
+
+    def facts(self) -> dict[str, object]:
+        """Return what the provenance says of the data."""
+        return {
+            "train": {"name": self.train.spec.name, "samples": len(self.train_indices), "hash": self.fingerprint()},
+            "validation": {
+                "name": self.validation.spec.name,
+                "samples": len(self.validation_indices),
+                "hash": self.fingerprint("validation"),
+            },
+            "classes": len(self.classes),
+        }
+
+
+def open_run_data(config: DataConfig) -> RunData:
+    """Open the data sets of a recipe.
+
+    Raises:
+        DataError: One cannot be read or is empty.
+        ConfigError: The validation set has other classes than the training set.
+    """
+    train = open_dataset(config.train)
+    if config.validation is None:
+        train_indices, held_out = split(train, config.holdout)
+        return RunData(
+            config=config,
+            train=train,
+            train_indices=train_indices,
+            validation=train,
+            validation_indices=_spread(held_out),
+        )
+    validation = open_dataset(config.validation)
+    if validation.classes and train.classes and validation.classes != train.classes:
+        raise ConfigError(
+            f"data.validation has {len(validation.classes)} classes, which are not the {len(train.classes)} of "
+            "data.train: its labels would mean something else."
+        )
+    return RunData(
+        config=config,
+        train=train,
+        train_indices=np.arange(len(train), dtype=np.int64),
+        validation=validation,
+        validation_indices=_spread(np.arange(len(validation), dtype=np.int64)),
+    )
+
+
+def _spread(indices: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Shuffle once and for all, so that the first N validation images show every class."""
+    return indices[Order(len(indices), _SPREAD_SEED).indices(np.arange(len(indices)))]
+
+
+def build_cache(
+    folder: Path, tokenizer: Tokenizer, data: RunData, config: LatentsConfig, ranks: Ranks, *, rebuild: bool = False
+) -> LatentCache:
+    """Encode the training images into a latent cache, or finish or reuse the one that is there.
+
+    Args:
+        folder: Folder of the cache.
+        tokenizer: On the device it is to run on, in evaluation mode.
+        data: Whose training images are encoded, cut from the middle.
+        config: Storage.
+        ranks: Each rank encodes its shards.
+        rebuild: Delete what is there first.
+
+    Raises:
+        DataError: The folder holds a cache of another tokenizer, data set or size.
+    """
+    height, width = data.config.height, data.config.width
+    rows, columns = tokenizer.grid(height, width)
+    identity = CacheIdentity(
+        tokenizer=tokenizer.fingerprint(),
+        data=data.fingerprint(),
+        height=height,
+        width=width,
+        crop="center",
+        flip=config.flip,
+        dtype=config.dtype,
+        shape=(tokenizer.latent_channels, rows, columns),
+        count=len(data.train_indices),
+    )
+    if rebuild and ranks.is_main:
+        shutil.rmtree(folder, ignore_errors=True)
+    ranks.barrier()
+    if not (folder / "index.json").exists():
+        writer = LatentCacheWriter(
+            folder, identity, shard_size=config.shard, rank=ranks.rank, world_size=ranks.world_size
+        )
+        _encode(writer, tokenizer, data, config, ranks)
+        ranks.barrier()
+        if ranks.is_main:
+            writer.finish()
+        ranks.barrier()
+    return LatentCache(folder, identity)
+
+
+@torch.inference_mode()
+def _encode(
+    writer: LatentCacheWriter, tokenizer: Tokenizer, data: RunData, config: LatentsConfig, ranks: Ranks
+) -> None:
+    missing = writer.missing_shards()
+    if not missing:
+        return
+    positions = np.concatenate([np.asarray(writer.positions(shard)) for shard in missing])
+    images = ImagePass(
+        data.train,
+        transform=data.plain_crop(),
+        batch=config.batch,
+        indices=data.train_indices[positions],
+        workers=data.config.workers,
+        max_broken=data.config.max_broken,
+    )
+    found = _by_sample(images, tokenizer, config.flip, ranks.device)
+    waiting = next(found, None)
+    for shard in missing:
+        wanted = data.train_indices[np.asarray(writer.positions(shard))]
+        shape = (len(wanted), *writer.identity.shape)
+        latents = torch.zeros(shape)
+        flipped = torch.zeros(shape) if config.flip else None
+        valid = np.zeros(len(wanted), dtype=np.bool_)
+        keys = ["broken image"] * len(wanted)
+        labels: list[int | None] = [None] * len(wanted)
+        texts: list[str | None] = [None] * len(wanted)
+        for row, index in enumerate(wanted):
+            if waiting is None or waiting.index != index:
+                continue
+            valid[row] = True
+            latents[row] = waiting.latent
+            if flipped is not None and waiting.flipped is not None:
+                flipped[row] = waiting.flipped
+            keys[row], labels[row], texts[row] = waiting.key, waiting.label, waiting.text
+            waiting = next(found, None)
+        writer.write(shard, latents, keys=keys, labels=labels, texts=texts, valid=valid, flipped=flipped)
+
+
+@attrs.frozen(eq=False)
+class _Encoded:
+    index: int
+    latent: torch.Tensor
+    flipped: torch.Tensor | None
+    key: str
+    label: int | None
+    text: str | None
+
+
+def _by_sample(images: ImagePass, tokenizer: Tokenizer, flip: bool, device: torch.device) -> Iterator[_Encoded]:
+    batch: Batch
+    for batch in images:
+        pixels = to_tensor(batch.images.to(device))
+        latents = tokenizer.encode(pixels).float().cpu()
+        flipped = tokenizer.encode(pixels.flip(-1)).float().cpu() if flip else None
+        for row, key in enumerate(batch.keys):
+            yield _Encoded(
+                int(batch.indices[row]),
+                latents[row],
+                None if flipped is None else flipped[row],
+                key,
+                None if batch.labels is None else int(batch.labels[row]),
+                None if batch.texts is None else batch.texts[row],
+            )
+
+
+def cache_statistics(cache: LatentCache) -> LatentStatistics:
+    """Return the per-channel statistics of a cache, as a tokenizer keeps them."""
+    return LatentStatistics(
+        mean=tuple(cache.mean.tolist()),
+        std=tuple(cache.std.tolist()),
+        count=len(cache),
+        data=cache.identity.data,
+    )

@@ -1,0 +1,292 @@
+"""Carries a recipe through its stages: tokenizer, latents, diffusion, samples, report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from underpaint.config.recipe import plain_recipe
+from underpaint.config.schema import Recipe
+from underpaint.errors import ConfigError
+from underpaint.evaluation.measure import Shown, make_metrics, measure_generation, measure_reconstruction
+from underpaint.evaluation.protocol import Number, write_numbers
+from underpaint.models.build import build_tokenizer, load_tokenizer
+from underpaint.models.folders import load_folder, save_tokenizer
+from underpaint.models.generator import Generator
+from underpaint.models.tokenizer import Tokenizer
+from underpaint.registry.manager import manager
+from underpaint.run import provenance
+from underpaint.run.data import RunData, build_cache, cache_statistics, open_run_data
+from underpaint.run.folder import RunFolder
+from underpaint.run.notes import write_notes
+from underpaint.run.stages import Session, run_diffusion_stage, run_tokenizer_stage
+from underpaint.training.lock import RunLock
+from underpaint.training.ranks import Ranks
+
+__all__ = ["check_until", "run_recipe"]
+
+_log = logging.getLogger("underpaint")
+
+
+def check_until(recipe: Recipe, until: str | None) -> None:
+    """Refuse a ``--until`` that is no step of the recipe.
+
+    Raises:
+        ConfigError: The message lists the steps.
+    """
+    steps = [stage.name for stage in recipe.stages]
+    steps += ["latents", "diffusion", "samples"] if recipe.diffusion is not None else []
+    if until is not None and until not in steps:
+        raise ConfigError(f"There is no step '{until}' in recipe '{recipe.name}'; its steps are {', '.join(steps)}.")
+
+
+def run_recipe(recipe: Recipe, out: Path, *, until: str | None = None) -> None:
+    """Run a recipe in a folder, from wherever an earlier session stopped.
+
+    A step that is finished is not run again: stages by their exported tokenizer, the cache by its index, diffusion by
+    its exported generator.
+
+    Args:
+        recipe: Checked recipe.
+        out: Run folder; made if it does not exist.
+        until: Last step to run, or None for all.
+
+    Raises:
+        UnderpaintError: A mistake the user can mend.
+        Stopped: A signal asked to stop; everything is saved.
+    """
+    out = out.expanduser().resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    folder = RunFolder(out)
+    with Ranks(recipe.engine.device) as ranks, RunLock(out, ranks):
+        error: BaseException | None = None
+        try:
+            if recipe.engine.deterministic:
+                # Read by cuBLAS when it is first used.
+                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+                torch.use_deterministic_algorithms(True)
+            torch.backends.cuda.matmul.allow_tf32 = True
+            torch.backends.cudnn.allow_tf32 = True
+            _on_main(ranks, lambda: folder.claim(recipe))
+            manager().call("on_train_start", folder=out, config=plain_recipe(recipe))
+            data = open_run_data(recipe.data)
+            session = Session(
+                recipe=recipe,
+                folder=folder,
+                data=data,
+                ranks=ranks,
+                config_hash=_config_hash(recipe),
+                plugins={r.name: r.distribution or r.origin for r in manager().records if r.status == "active"},
+            )
+            _run(session, until)
+        except BaseException as caught:
+            error = caught
+            raise
+        finally:
+            manager().call("on_train_end", folder=out, error=error)
+
+
+def _run(session: Session, until: str | None) -> None:
+    recipe, folder, ranks, data = session.recipe, session.folder, session.ranks, session.data
+    if ranks.is_main:
+        provenance.record_start(
+            folder.provenance,
+            seed=recipe.seed,
+            command=[Path(sys.argv[0]).name, *sys.argv[1:]],
+            data=data.facts(),
+            ranks=ranks.world_size,
+            device=str(ranks.device),
+        )
+        write_notes(folder, recipe, data)
+    numbers: list[Number] = []
+    pictures: dict[str, Any] = {}
+    timings: dict[str, float] = {}
+    tokenizer = build_tokenizer(recipe.tokenizer, recipe.seed)
+    tokenizer.grid(data.config.height, data.config.width)
+    metrics = make_metrics(recipe.evaluation.reconstruction, ranks.device)
+    for index, stage in enumerate(recipe.stages):
+        result = folder.stage(stage.name) / "tokenizer"
+        with _timed(timings, stage.name):
+            if not (result / "config.json").exists():
+                _say(ranks, f"stage {stage.name}: {' + '.join(stage.trains)} for {stage.steps} steps")
+                run_tokenizer_stage(session, index, tokenizer)
+            tokenizer = load_tokenizer(str(result))
+        found, shown = _measured_reconstruction(session, tokenizer, metrics, stage.name)
+        numbers += found
+        pictures[f"reconstructions_{stage.name}"] = shown.images
+        pictures |= {"originals": shown.originals, "reconstructions": shown.images, "latents": shown.latents}
+        _keep(session, numbers, pictures, timings)
+        if until == stage.name:
+            return _finish(session, numbers, pictures, timings)
+    if not recipe.stages:
+        found, shown = _measured_reconstruction(session, tokenizer, metrics, "")
+        numbers += found
+        pictures |= {"originals": shown.originals, "reconstructions": shown.images, "latents": shown.latents}
+    if recipe.diffusion is None:
+        if ranks.is_main:
+            save_tokenizer(tokenizer, folder.tokenizer)
+        return _finish(session, numbers, pictures, timings)
+
+    with _timed(timings, "latents"):
+        _say(ranks, f"latents: encoding {len(data.train_indices)} images")
+        tokenizer = tokenizer.to(ranks.device)
+        cache = build_cache(folder.latents, tokenizer, data, recipe.latents, ranks)
+        tokenizer = tokenizer.cpu()
+        tokenizer.statistics = cache_statistics(cache)
+        if ranks.is_main:
+            save_tokenizer(tokenizer, folder.tokenizer)
+        ranks.barrier()
+    if until == "latents":
+        return _finish(session, numbers, pictures, timings)
+
+    with _timed(timings, "diffusion"):
+        if not (folder.generator / "config.json").exists():
+            _say(ranks, f"diffusion: {recipe.diffusion.backbone.name} for {recipe.diffusion.steps} steps")
+            run_diffusion_stage(session, tokenizer, cache)
+    if until == "diffusion":
+        return _finish(session, numbers, pictures, timings)
+
+    with _timed(timings, "samples"):
+        _say(ranks, f"samples: drawing {_sample_count(session)} images")
+        generator = load_folder(folder.generator)
+        assert isinstance(generator, Generator)
+        found, shown = _measured_generation(session, generator.to(ranks.device))
+        numbers += found
+        pictures |= {"samples": shown.images, "sample_labels": shown.labels}
+    return _finish(session, numbers, pictures, timings)
+
+
+# ------------------------------------------------------------------------------------------- measuring
+
+
+def _measured_reconstruction(
+    session: Session, tokenizer: Tokenizer, metrics: list[Any], stage: str
+) -> tuple[list[Number], Shown]:
+    config, data, ranks = session.recipe.evaluation, session.data, session.ranks
+    for metric in metrics:
+        metric.reset()
+    numbers, shown = measure_reconstruction(
+        tokenizer.to(ranks.device),
+        data.validation_pass(config.images, config.batch, ranks),
+        metrics,
+        facts=_image_facts(data),
+        show=config.show,
+    )
+    tokenizer.cpu()
+    suffix = f" after {stage}" if stage else ""
+    named = [Number(name=f"{n.name}{suffix}", value=n.value, protocol=n.protocol) for n in numbers]
+    _say(ranks, "  ".join(f"{n.name} {n.value:.4g}" for n in named))
+    return named, shown
+
+
+def _sample_count(session: Session) -> int:
+    return min(session.recipe.evaluation.images, len(session.data.validation_indices))
+
+
+def _measured_generation(session: Session, generator: Generator) -> tuple[list[Number], Shown]:
+    config, data, ranks = session.recipe.evaluation, session.data, session.ranks
+    metrics = make_metrics(config.generation, ranks.device)
+    numbers, shown = measure_generation(
+        generator,
+        data.validation_pass(config.images, config.batch, ranks),
+        metrics,
+        config,
+        count=_sample_count(session),
+        facts=_image_facts(data),
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
+    _say(ranks, "  ".join(f"{n.name} {n.value:.4g}" for n in numbers))
+    return numbers, shown
+
+
+def _image_facts(data: RunData) -> dict[str, Any]:
+    return {
+        "data": data.validation.spec.name,
+        "data_hash": data.fingerprint("validation"),
+        "held_out": True,
+        "image_size": [data.config.height, data.config.width],
+        "crop": "short side resized, centre",
+    }
+
+
+# --------------------------------------------------------------------------------------------- keeping
+
+
+def _keep(session: Session, numbers: list[Number], pictures: dict[str, Any], timings: dict[str, float]) -> None:
+    """Write what is known so far, so that an interrupted run has a report too."""
+    if not session.ranks.is_main:
+        return
+    folder = session.folder
+    folder.samples.mkdir(exist_ok=True)
+    folder.report.mkdir(exist_ok=True)
+    write_numbers(folder.report / "numbers.json", numbers)
+    tokens = {k: v for k, v in pictures.items() if not k.startswith("sample")}
+    if tokens:
+        np.savez_compressed(folder.samples / "reconstructions.npz", **tokens)
+    if "samples" in pictures:
+        np.savez_compressed(
+            folder.samples / "samples.npz",
+            images=pictures["samples"],
+            labels=pictures["sample_labels"],
+            classes=np.array(session.data.classes or ("",)),
+        )
+    provenance.update(folder.provenance, seconds={name: round(value, 1) for name, value in timings.items()})
+
+
+def _finish(session: Session, numbers: list[Number], pictures: dict[str, Any], timings: dict[str, float]) -> None:
+    from underpaint.report.page import write_report
+
+    _keep(session, numbers, pictures, timings)
+    if session.ranks.is_main:
+        path = write_report(session.folder.root)
+        _say(session.ranks, f"report: {path}")
+    session.ranks.barrier()
+
+
+# --------------------------------------------------------------------------------------------- helpers
+
+
+class _timed:  # noqa: N801 - reads as a statement
+    def __init__(self, timings: dict[str, float], name: str) -> None:
+        self._timings, self._name = timings, name
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._timings[self._name] = time.perf_counter() - self._start
+
+
+def _on_main(ranks: Ranks, action: Callable[[], None]) -> None:
+    """Do something on rank 0; every rank raises what it raises, so that none waits for ever."""
+    error: Exception | None = None
+    if ranks.is_main:
+        try:
+            action()
+        except Exception as caught:
+            error = caught
+    failed = ranks.broadcast_object(None if error is None else (type(error), str(error)))
+    if error is not None:
+        raise error
+    if failed is not None:
+        raise ConfigError(f"Rank 0 refused the run: {failed[1]}")
+
+
+def _say(ranks: Ranks, line: str) -> None:
+    if ranks.is_main and line:
+        print(line, file=sys.stderr, flush=True)
+
+
+def _config_hash(recipe: Recipe) -> str:
+    return hashlib.sha256(json.dumps(plain_recipe(recipe), sort_keys=True).encode()).hexdigest()

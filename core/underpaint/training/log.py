@@ -1,0 +1,112 @@
+"""What a stage writes while it trains: ``metrics.jsonl``, trackers, a progress bar or plain lines."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from underpaint.config.recipe import write_atomically
+from underpaint.interfaces.tracker import Tracker
+
+__all__ = ["StageLog", "format_line"]
+
+_RATES = ("lr", "grad_norm", "images_per_second", "mfu", "data_wait", "memory_gib", "seconds", "eta", "skipped")
+
+
+class StageLog:
+    """Log of one stage, on the main rank. Rows after a resumed step are dropped, so steps never repeat.
+
+    Args:
+        folder: Folder of the stage.
+        stage: Its name.
+        steps: Steps in all.
+        start: Steps already done.
+        trackers: Trackers beside ``metrics.jsonl``.
+        images: Images per optimizer step, for the progress bar's unit.
+    """
+
+    def __init__(self, folder: Path, stage: str, *, steps: int, start: int, trackers: Sequence[Tracker] = ()) -> None:
+        self._path = folder / "metrics.jsonl"
+        self._stage = stage
+        self._steps = steps
+        self._trackers = list(trackers)
+        self._drop_rows_after(start)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._bar = (
+            tqdm(total=steps, initial=start, desc=stage, unit="step", dynamic_ncols=True, leave=True)
+            if sys.stderr.isatty()
+            else None
+        )
+
+    def _drop_rows_after(self, step: int) -> None:
+        if not self._path.exists():
+            return
+        kept = [row for row in read_rows(self._path) if row["step"] <= step]
+        write_atomically(self._path, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def row(self, step: int, values: Mapping[str, float]) -> None:
+        """Record the numbers of a logging step."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for tracker in self._trackers:
+            tracker.scalars(step, {f"{self._stage}/{name}": value for name, value in values.items()})
+        line = format_line(step, self._steps, values)
+        if self._bar is not None:
+            self._bar.set_postfix_str(line, refresh=False)
+            self._bar.update(step - self._bar.n)
+        else:
+            print(f"{self._stage} {line}", file=sys.stderr, flush=True)
+
+    def image(self, step: int, name: str, image: NDArray[np.uint8]) -> None:
+        """Hand a picture to the trackers."""
+        for tracker in self._trackers:
+            tracker.image(step, f"{self._stage}/{name}", image)
+
+    def close(self) -> None:
+        """Write out everything."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        if self._bar is not None:
+            self._bar.close()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read ``metrics.jsonl``; a last line that a crash cut short is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def format_line(step: int, steps: int, values: Mapping[str, float]) -> str:
+    """Return one plain log line: step, loss terms, learning rate, gradient norm, rates, time left."""
+    parts = [f"{step}/{steps}"]
+    parts += [f"{name} {value:.4g}" for name, value in values.items() if name not in _RATES]
+    shown = {
+        "lr": "lr {:.2e}",
+        "grad_norm": "|g| {:.3g}",
+        "images_per_second": "{:.0f} img/s",
+        "mfu": "MFU {:.1%}",
+        "data_wait": "data {:.0%}",
+        "memory_gib": "{:.2f} GiB",
+    }
+    parts += [form.format(values[name]) for name, form in shown.items() if name in values]
+    if values.get("skipped"):
+        parts.append(f"skipped {values['skipped']:.0f}")
+    eta = values.get("eta", math.nan)
+    if math.isfinite(eta):
+        parts.append(f"ETA {int(eta) // 3600}:{int(eta) // 60 % 60:02d}:{int(eta) % 60:02d}")
+    return "  ".join(parts)

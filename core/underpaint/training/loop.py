@@ -1,0 +1,179 @@
+"""The training loop that every stage shares: resume, step, log, checkpoint, stop."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import attrs
+import torch
+from torch import Tensor
+
+from underpaint.config.schema import EngineConfig
+from underpaint.training.checkpoint import CheckpointStore
+from underpaint.training.engine import Engine
+from underpaint.training.log import StageLog
+from underpaint.training.ranks import Ranks
+from underpaint.training.signals import StopRequest
+
+__all__ = ["LoopResult", "StageStep", "Stopped", "train_loop"]
+
+
+class Stopped(Exception):  # noqa: N818 - an outcome, not a failure
+    """Training was asked to stop; a checkpoint is committed.
+
+    Attributes:
+        signal: Name of the signal, such as ``"SIGTERM"``.
+        step: Optimizer steps in the checkpoint.
+    """
+
+    def __init__(self, signal: str, step: int) -> None:
+        super().__init__(signal, step)
+        self.signal = signal
+        self.step = step
+
+
+class StageStep(Protocol):
+    """Computes the loss of a micro-batch through the engine."""
+
+    def __call__(self, engine: Engine, batch: Any, step: int, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the scalar to minimise and the named terms to log, all on the device."""
+
+
+@attrs.frozen(kw_only=True)
+class LoopResult:
+    """How a stage went.
+
+    Attributes:
+        steps: Optimizer steps done in all.
+        skipped: Steps skipped for non-finite gradients since the start or the resume.
+        seconds: Wall time of this process in the loop.
+    """
+
+    steps: int
+    skipped: int
+    seconds: float
+
+
+def train_loop(
+    *,
+    name: str,
+    engine: Engine,
+    batches: Iterator[Any],
+    step_fn: StageStep,
+    start: int,
+    steps: int,
+    images_per_step: int,
+    flops_per_image: float,
+    peak: float,
+    config: EngineConfig,
+    store: CheckpointStore,
+    log: StageLog | None,
+    ranks: Ranks,
+    stop: StopRequest,
+    call: Callable[..., None],
+) -> LoopResult:
+    """Train from step `start` to `steps`.
+
+    Losses stay on the device between log lines, so that the loop does not wait for it. The checkpoint at
+    the last step is always written.
+
+    Args:
+        name: Name of the stage.
+        engine: Trained module.
+        batches: Endless micro-batches of this rank, already at position `start`.
+        step_fn: Computes the loss of a micro-batch.
+        start: Optimizer steps done before.
+        steps: Optimizer steps to reach.
+        images_per_step: Global batch.
+        flops_per_image: Forward and backward, per image.
+        peak: Peak FLOP/s of one device.
+        config: Logging, checkpoint and accumulation settings.
+        store: Where checkpoints go.
+        log: Log of the main rank, None elsewhere.
+        ranks: The processes of the run.
+        stop: Set by signals.
+        call: Calls a lifecycle hook.
+
+    Raises:
+        Stopped: A signal asked for it; the state is saved.
+    """
+    begin = last = time.perf_counter()
+    waited = 0.0
+    skipped = 0
+    sums: dict[str, Tensor] = {}
+    counted = 0
+    logged_step = start
+    for step in range(start, steps):
+        for micro in range(config.accumulation):
+            waiting = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - waiting
+            loss, terms = step_fn(engine, batch, step, micro)
+            engine.backward(loss)
+            for key, value in {"loss": loss, **terms}.items():
+                value = value.detach().float()
+                sums[key] = sums[key] + value if key in sums else value
+            counted += 1
+            result = engine.step()
+        skipped += result.skipped
+        done = step + 1
+        if done % config.log_every == 0 or done == steps:
+            values = _mean_over_ranks(sums, counted, ranks)
+            now = time.perf_counter()
+            elapsed = max(now - last, 1e-9)
+            rate = (done - logged_step) * images_per_step / elapsed
+            values |= {
+                **{f"lr_{part}" if part else "lr": lr for part, lr in _rates(result.lr).items()},
+                "grad_norm": float(result.grad_norm),
+                "images_per_second": rate,
+                "mfu": rate * flops_per_image / (peak * ranks.world_size),
+                "data_wait": waited / elapsed,
+                "memory_gib": _memory(ranks.device),
+                "seconds": now - begin,
+                "eta": (steps - done) * elapsed / (done - logged_step),
+                "skipped": skipped,
+            }
+            if log is not None:
+                log.row(done, values)
+            call("on_step_end", stage=name, step=done, scalars=values)
+            sums, counted, waited, last, logged_step = {}, 0, 0.0, now, done
+        signal = stop.requested
+        if ranks.world_size > 1:
+            signals = ranks.all_gather_object(signal) if _due(done, config) else [None]
+            signal = next((s for s in signals if s), None)
+        if signal or done % config.checkpoint_every == 0 or done == steps:
+            if store.save(done, engine.save, {"stage": name, "skipped": skipped}):
+                call("on_checkpoint_saved", stage=name, step=done, checkpoint=store.path(done))
+            if done == logged_step:
+                last = time.perf_counter()
+        if signal and done < steps:
+            raise Stopped(signal, done)
+    return LoopResult(steps=steps, skipped=skipped, seconds=time.perf_counter() - begin)
+
+
+def _due(step: int, config: EngineConfig) -> bool:
+    # Asking all ranks costs a collective, so a signal is honoured within ten steps, not at once.
+    return step % 10 == 0 or step % config.checkpoint_every == 0
+
+
+def _rates(lr: dict[str, float]) -> dict[str, float]:
+    values = set(lr.values())
+    return {"": next(iter(values))} if len(values) == 1 else lr
+
+
+def _mean_over_ranks(sums: dict[str, Tensor], counted: int, ranks: Ranks) -> dict[str, float]:
+    stacked = torch.stack([sums[key] for key in sorted(sums)]) / max(counted, 1)
+    if ranks.world_size > 1:
+        stacked = ranks.all_reduce_sum(stacked) / ranks.world_size
+    return dict(zip(sorted(sums), stacked.tolist(), strict=True))
+
+
+def _memory(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    scale = 2**30 if sys.platform == "darwin" else 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale

@@ -1,0 +1,262 @@
+"""What the ranks of the engine tests run, and the plain torch loop that they are compared with."""
+
+from __future__ import annotations
+
+import copy
+import os
+import socket
+from pathlib import Path
+
+import attrs
+import torch
+import torch.multiprocessing
+from torch import Tensor, nn
+from underpaint.config.schema import EngineConfig, OptimizerConfig
+from underpaint.errors import UnderpaintError
+from underpaint.training.engine import Engine
+from underpaint.training.ranks import Ranks
+from underpaint.training.schedule import rate_factor
+
+STEPS = 20
+BATCH = 8
+OPTIMIZER = OptimizerConfig(lr=3e-3, rates={"head": 1e-2}, weight_decay=0.05, warmup=5, schedule="cosine", clip=0.5)
+EMA = 0.9
+
+
+@attrs.frozen
+class Output:
+    """As opaque to DeepSpeed as the outputs of the framework's components."""
+
+    value: Tensor
+    scale: Tensor
+
+
+class Net(nn.Module):
+    """Large enough for ZeRO 3 to partition a weight (above 100,000 elements), of sizes that two ranks do not divide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(7, 301), nn.GELU(), nn.Linear(301, 401), nn.LayerNorm(401))
+        self.head = nn.Linear(401, 3)
+        self.frozen = nn.Linear(3, 3)
+        self.frozen.requires_grad_(False)
+        self.gain = nn.Parameter(torch.tensor([1.1, 0.9, 1.05]))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+        self.register_buffer("mean", torch.full((3,), 0.123456789))
+
+    def forward(self, x: Tensor) -> Output:
+        if self.training:
+            self.seen += 1
+        return Output(self.frozen(self.head(self.body(x)) * self.gain) + self.mean, self.gain)
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(100 + step)
+    x = torch.randn(BATCH, 7, generator=generator)
+    return x, torch.stack([x.sum(1), x[:, 0] * x[:, 1], x[:, 2].abs()], 1)
+
+
+def loss_of(output: Output, y: Tensor) -> Tensor:
+    return (output.value - y).square().mean() + 0.01 * output.scale.square().sum()
+
+
+def reference(steps: int = STEPS, skip: tuple[int, ...] = ()) -> tuple[list[float], dict[str, Tensor], dict[str, Tensor]]:
+    """Train with torch alone.
+
+    Returns:
+        Losses, final weights, and the moving average in float64.
+    """
+    net = Net()
+    groups = {"body": list(net.body.parameters()), "head": list(net.head.parameters()), "rest": [net.gain]}
+    peaks = {name: OPTIMIZER.rates.get(name, OPTIMIZER.lr) for name in groups}
+    adam = torch.optim.AdamW(
+        [{"params": params, "name": name} for name, params in groups.items()],
+        betas=OPTIMIZER.betas,
+        weight_decay=OPTIMIZER.weight_decay,
+    )
+    average = {name: p.detach().double().clone() for name, p in net.named_parameters()}
+    losses = []
+    applied = 0
+    for step in range(steps):
+        x, y = batch(step)
+        loss = loss_of(net(x), y)
+        losses.append(loss.item())
+        if step in skip:
+            continue
+        for group in adam.param_groups:
+            group["lr"] = peaks[group["name"]] * rate_factor(OPTIMIZER, applied, STEPS)
+        adam.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_([p for params in groups.values() for p in params], OPTIMIZER.clip)
+        adam.step()
+        applied += 1
+        for name, p in net.named_parameters():
+            average[name] = EMA * average[name] + (1 - EMA) * p.detach().double()
+    return losses, copy.deepcopy(net.state_dict()), average
+
+
+def make_engine(ranks: Ranks, *, ema: float | None = EMA, module: nn.Module | None = None, **config: object) -> Engine:
+    net = Net() if module is None else module
+    settings = EngineConfig(device="cpu", **config)
+    return Engine(
+        net,
+        parts={"body": net.body, "head": net.head},
+        optimizer=OPTIMIZER,
+        config=settings,
+        steps=STEPS,
+        micro_batch=BATCH // ranks.world_size // settings.accumulation,
+        ema=ema,
+        ranks=ranks,
+    )
+
+
+def train(
+    engine: Engine, first: int, last: int, *, bad: tuple[int, int, str] | None = None, probe: bool = False
+) -> list[float]:
+    """Train on this rank's rows of each batch; `bad` is (step, rank, what is not finite there)."""
+    ranks, accumulation = engine.ranks, engine._config.accumulation
+    losses = []
+    for step in range(first, last):
+        x, y = batch(step)
+        mine = slice(ranks.rank, None, ranks.world_size)
+        total = 0.0
+        pieces = list(zip(x[mine].chunk(accumulation), y[mine].chunk(accumulation), strict=True))
+        for index, (xs, ys) in enumerate(pieces):
+            loss = loss_of(engine(xs), ys)
+            if bad is not None and bad[:2] == (step, ranks.rank):
+                loss = loss + float("inf") if bad[2] == "loss" else spoiled(loss)
+            if probe:
+                torch.autograd.grad(loss, engine.module.head.bias, retain_graph=True)
+            engine.backward(loss)
+            result = engine.step()
+            total += loss.item() / accumulation
+            assert result.applied == (index == accumulation - 1 and not result.skipped)
+        losses.append(sum(ranks.all_gather_object(total)) / ranks.world_size)
+    return losses
+
+
+class _Spoil(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, loss: Tensor) -> Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
+        return gradient * float("nan")
+
+
+def spoiled(loss: Tensor) -> Tensor:
+    """A finite loss with a gradient that is not."""
+    return _Spoil.apply(loss)
+
+
+def _enter(rank: int, world_size: int, port: int, out: str, case: str, args: tuple[object, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    with Ranks("cpu", timeout=60) as ranks:
+        result = globals()[case](ranks, *args)
+    torch.save(result, f"{out}/{rank}.pt")
+
+
+def on_ranks(folder: Path, world_size: int, case: str, *args: object) -> list:
+    """Run the function `case` of this module on so many processes and return what it gives on each."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.multiprocessing.start_processes(
+        _enter, args=(world_size, port, str(folder), case, args), nprocs=world_size, start_method="spawn"
+    )
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+def stages(ranks: Ranks) -> dict[int, tuple]:
+    """Train at every ZeRO stage; also follow the moving average step by step, in float64, from gathered weights."""
+    results = {}
+    for zero in range(4):
+        engine = make_engine(ranks, zero=zero)
+        average = {name: tensor.double() for name, tensor in engine.state("raw").items()}
+        losses = []
+        for step in range(STEPS):
+            losses += train(engine, step, step + 1)
+            for name, tensor in engine.state("raw").items():
+                average[name] = EMA * average[name] + (1 - EMA) * tensor.double()
+        results[zero] = (losses, engine.state("raw"), engine.state("ema"), average, engine.train_state)
+        engine.close()
+    return results
+
+
+def accumulated(ranks: Ranks) -> dict[int, tuple]:
+    """Train with two micro-batches a step, and look at a gradient in between as adaptive loss weights do."""
+    results = {}
+    for zero in range(4):
+        engine = make_engine(ranks, zero=zero, accumulation=2)
+        results[zero] = (train(engine, 0, 6, probe=True), engine.state("raw"))
+        engine.close()
+    return results
+
+
+def not_finite(ranks: Ranks) -> dict[int, tuple]:
+    """Train with an infinite loss on the last rank at step 3, and a NaN gradient on the first at step 5."""
+    results = {}
+    for zero in range(4):
+        engine = make_engine(ranks, zero=zero, max_bad_steps=2)
+        train(engine, 0, 3)
+        before = engine.state("raw"), engine.state("ema")
+        train(engine, 3, 4, bad=(3, ranks.world_size - 1, "loss"))
+        after = engine.state("raw"), engine.state("ema")
+        train(engine, 4, 5)
+        train(engine, 5, 6, bad=(5, 0, "gradient"))
+        train(engine, 6, 8)
+        state = engine.state("raw"), engine.state("ema"), engine.train_state
+        train(engine, 8, 9, bad=(8, 0, "loss"))
+        try:
+            train(engine, 9, 10, bad=(9, ranks.world_size - 1, "gradient"))
+            message = ""
+        except UnderpaintError as error:
+            message = str(error)
+        results[zero] = (before, after, state, message)
+        engine.close()
+    return results
+
+
+def low_precision(ranks: Ranks) -> dict[int, tuple]:
+    results = {}
+    for zero in range(4):
+        engine = make_engine(ranks, zero=zero, precision="bf16", accumulation=2)
+        start = engine.state("raw")
+        dtypes = {name: p.dtype for name, p in engine.module.named_parameters()}
+        results[zero] = (start, train(engine, 0, 8), engine.state("raw"), dtypes)
+        engine.close()
+    return results
+
+
+def saved(ranks: Ranks, folder: str) -> dict[str, tuple]:
+    """Train 20 steps with ZeRO 2, saving after 10, and go on from there in other ways."""
+    results = {}
+    path = Path(folder)
+    for precision in ("fp32", "bf16"):
+        engine = make_engine(ranks, zero=2, precision=precision)
+        train(engine, 0, 10)
+        if ranks.is_main:
+            (path / precision).mkdir()
+        ranks.barrier()
+        engine.save(path / precision)
+        losses = train(engine, 10, 20)
+        results[f"{precision} straight"] = (losses, engine.state("raw"), engine.state("ema"))
+        engine.close()
+        for zero in (0, 1, 2, 3):
+            engine = make_engine(ranks, zero=zero, precision=precision)
+            engine.load(path / precision)
+            loaded = engine.train_state
+            losses = train(engine, 10, 20)
+            results[f"{precision} {zero}"] = (losses, engine.state("raw"), engine.state("ema"), loaded)
+            engine.close()
+    return results
