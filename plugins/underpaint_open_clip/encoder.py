@@ -8,8 +8,8 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from underpaint import ConfigError, Encoder, EncoderInfo, Features
 
+from underpaint import ConfigError, Encoder, EncoderInfo, Features
 from underpaint_open_clip.config import OpenClipConfig
 from underpaint_open_clip.models import Weights, preprocessing, resolve
 from underpaint_open_clip.towers import make_tower

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import attrs
 import open_clip
 import timm
+
 from underpaint import ConfigError, NotFoundError, is_location
 
 __all__ = ["Weights", "names", "preprocessing", "resolve", "tags"]

@@ -9,8 +9,8 @@ import huggingface_hub
 import open_clip
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
-from underpaint import DataError, load_weights
 
+from underpaint import DataError, load_weights
 from underpaint_open_clip.models import Weights
 from underpaint_open_clip.towers import Tower, TrunkTower
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from underpaint import ConfigError, Encoder, EncoderInfo, Features
 
+from underpaint import ConfigError, Encoder, EncoderInfo, Features
 from underpaint_timm.config import TimmConfig
 from underpaint_timm.models import Weights, resolve
 from underpaint_timm.weights import build

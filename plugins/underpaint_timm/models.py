@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import attrs
 import timm
+
 from underpaint import ConfigError, NotFoundError, is_location
 
 __all__ = ["Weights", "names", "resolve", "tags"]

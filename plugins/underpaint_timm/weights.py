@@ -9,8 +9,8 @@ import huggingface_hub
 import timm
 from timm.models import eva, vision_transformer
 from torch import Tensor, nn
-from underpaint import DataError, load_weights
 
+from underpaint import DataError, load_weights
 from underpaint_timm.models import Weights
 
 __all__ = ["build"]

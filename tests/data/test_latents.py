@@ -363,6 +363,25 @@ def test_rewriting_a_shard_takes_the_index_away_first(tmp_path):
     LatentCache(tmp_path).verify()
 
 
+def test_rewriting_a_shard_takes_its_mark_away_first(tmp_path, monkeypatch):
+    build(tmp_path)
+    path = tmp_path / "shard-00002.npy"
+    path.write_bytes(path.read_bytes()[:50])
+    writer = LatentCacheWriter(tmp_path, IDENTITY, shard_size=SHARD)
+    write = module.write_atomically
+
+    def crash_at_the_table(path: Path, data) -> None:
+        if path.suffix == ".arrow":
+            raise KeyboardInterrupt
+        write(path, data)
+
+    # The new latents have the old size and other values: with the old mark they would pass for done.
+    monkeypatch.setattr(module, "write_atomically", crash_at_the_table)
+    with pytest.raises(KeyboardInterrupt):
+        write_shard(writer, 2, latents=FLIPPED[16:24])
+    assert writer.missing_shards() == [2]
+
+
 # --- kills: the processes are forked from a server that has imported torch, so that a trial is short ---
 
 

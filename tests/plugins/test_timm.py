@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import timm
 import torch
-import underpaint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+import underpaint
 from underpaint import ConfigError, DataError, NotFoundError, testing
 from underpaint_timm import _ALIASES, _EXAMPLES
 from underpaint_timm.config import TimmConfig
@@ -112,7 +113,7 @@ def test_prefix_tokens_are_dropped(model: str, prefix: int) -> None:
         (
             "vit_tiny_patch16_dinov3_qkvb",
             "token",
-        ),  # timm's default here is the mean; DINOv3 itself uses the class token
+        ),  # DINOv3 uses the class token, timm the mean
     ],
 )
 def test_pooled_is_the_models_own(model: str, pool_type: str) -> None:
@@ -273,7 +274,7 @@ def test_every_model_runs_at_an_oblong_size() -> None:
     ],
 )
 def test_wrong_names_say_what_to_type(name: str, error: type[Exception], words: str) -> None:
-    with pytest.raises(error, match=".") as caught:
+    with pytest.raises(error, match=r".") as caught:
         underpaint.create("encoder", name)
     assert words in str(caught.value)
 

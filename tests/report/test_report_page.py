@@ -393,4 +393,6 @@ def test_a_log_with_a_torn_last_line_and_a_repeated_step(run):
 
 def test_stages_that_the_recipe_does_not_name(run):
     write_rows(run, "extra", rows("extra", 2))
-    assert "Stage extra ran 20 steps." in page(run).text
+    text = page(run).text
+    assert "Stage extra ran 20 steps." in text
+    assert "extra 2,346" in text  # of two log lines the first is warm-up

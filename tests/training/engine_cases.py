@@ -11,9 +11,13 @@ import attrs
 import torch
 import torch.multiprocessing
 from torch import Tensor, nn
+
 from underpaint.config.schema import EngineConfig, OptimizerConfig
-from underpaint.errors import UnderpaintError
+from underpaint.errors import RunLockedError, UnderpaintError
+from underpaint.training import state
+from underpaint.training.checkpoint import CheckpointStore
 from underpaint.training.engine import Engine
+from underpaint.training.lock import RunLock
 from underpaint.training.ranks import Ranks
 from underpaint.training.schedule import rate_factor
 
@@ -61,7 +65,9 @@ def loss_of(output: Output, y: Tensor) -> Tensor:
     return (output.value - y).square().mean() + 0.01 * output.scale.square().sum()
 
 
-def reference(steps: int = STEPS, skip: tuple[int, ...] = ()) -> tuple[list[float], dict[str, Tensor], dict[str, Tensor]]:
+def reference(
+    steps: int = STEPS, skip: tuple[int, ...] = ()
+) -> tuple[list[float], dict[str, Tensor], dict[str, Tensor]]:
     """Train with torch alone.
 
     Returns:
@@ -252,7 +258,7 @@ def saved(ranks: Ranks, folder: str) -> dict[str, tuple]:
         losses = train(engine, 10, 20)
         results[f"{precision} straight"] = (losses, engine.state("raw"), engine.state("ema"))
         engine.close()
-        for zero in (0, 1, 2, 3):
+        for zero in (0, 1, 2, 3) if precision == "fp32" else (2, 3):
             engine = make_engine(ranks, zero=zero, precision=precision)
             engine.load(path / precision)
             loaded = engine.train_state
@@ -260,3 +266,58 @@ def saved(ranks: Ranks, folder: str) -> dict[str, tuple]:
             results[f"{precision} {zero}"] = (losses, engine.state("raw"), engine.state("ema"), loaded)
             engine.close()
     return results
+
+
+def failing_saves(ranks: Ranks, folder: str) -> tuple:
+    """Save with a full disk on rank 1 only: in its own file, then again, then not, then with a mistake in the code."""
+    store = CheckpointStore(Path(folder), 2, ranks, config_hash="c", plugins={"tiny": "1.0"})
+    engine = make_engine(ranks, zero=1)
+    real = state.save_file
+    outcomes = []
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    for step, broken in enumerate([False, True, True, False], start=1):
+        train(engine, step - 1, step)
+        state.save_file = full if broken and ranks.rank == 1 else real
+        made = store.save(step, engine.save, {"position": step * BATCH})
+        outcomes.append(None if made is None else (made.step, dict(made.extra)))
+    state.save_file = real
+
+    def mistaken(path: Path) -> None:
+        engine.save(path)
+        if ranks.rank == 1:
+            raise KeyError("a mistake")
+
+    try:
+        store.save(5, mistaken, {})
+        raised = ""
+    except (KeyError, UnderpaintError) as error:
+        raised = f"{type(error).__name__}: {error}"
+    latest = store.latest(verify=True)
+    names = sorted(path.name for path in latest.folder.iterdir())
+    engine.close()
+    return outcomes, raised, latest.step, latest.world_size, names
+
+
+def same_name(ranks: Ranks, folder: str) -> object:
+    """Let both ranks write a file of one name."""
+    store = CheckpointStore(Path(folder), 2, ranks)
+
+    def write(path: Path) -> None:
+        (path / "weights.bin").write_bytes(b"x")
+
+    return store.save(1, write, {})
+
+
+def locked(ranks: Ranks, folder: str) -> str:
+    """Take a lock that this very process holds already, on rank 0 for all ranks."""
+    with RunLock(Path(folder), ranks):
+        ranks.barrier()
+        try:
+            with RunLock(Path(folder), ranks):
+                return "taken twice"
+        except RunLockedError as error:
+            ranks.barrier()
+            return str(error)

@@ -8,6 +8,7 @@ import engine_cases as cases
 import pytest
 import torch
 from torch import nn
+
 from underpaint.config.schema import EngineConfig, OptimizerConfig
 from underpaint.errors import ConfigError, DataError, UnderpaintError
 from underpaint.training.engine import Engine
@@ -133,10 +134,10 @@ def test_bf16_keeps_fp32_master_weights(two_ranks, zero):
     start, got_losses, raw, dtypes = two_ranks("low_precision")[0][zero]
     assert difference(start, dict(cases.Net().state_dict())) == 0.0
     assert set(dtypes.values()) == {torch.bfloat16}
-    # ZeRO 2 and 3 reduce gradients in bf16, whose steps are 2^-8; Adam's first steps have the size of the rate.
-    tolerance = 1e-3 if zero < 2 else 2e-2
-    assert got_losses == pytest.approx(losses, rel=tolerance, abs=tolerance)
-    assert difference({name: raw[name] for name in masters}, masters) < tolerance
+    # Gradients accumulate and reduce in fp32. What is left is the order of additions, and now and then a weight that
+    # it rounds to the other bf16 neighbour. Reducing in bf16 would already change the losses by 1e-2.
+    assert got_losses == pytest.approx(losses, abs=3e-3)
+    assert difference({name: raw[name] for name in masters}, masters) < 1e-3
     assert difference({"w": raw["frozen.weight"]}, {"w": cases.Net().frozen.weight}) == 0.0
 
 
@@ -159,13 +160,13 @@ def test_resuming_is_exact(saved, precision):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero", [0, 1, 3])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("precision", "zero"), [("fp32", 0), ("fp32", 1), ("fp32", 3), ("bf16", 3)])
 def test_another_zero_stage_goes_on_from_the_same_state(saved, zero, precision):
     results, _ = saved
     losses, raw, ema = results[f"{precision} straight"]
     got_losses, got_raw, got_ema, _ = results[f"{precision} {zero}"]
-    tolerance = 1e-5 if precision == "fp32" else 2e-2
+    # A weight on the edge between two bf16 values may round either way: a step of 2^-8 in the forward.
+    tolerance = 1e-5 if precision == "fp32" else 5e-3
     assert got_losses == pytest.approx(losses, rel=tolerance, abs=tolerance)
     assert difference(got_raw, raw) < tolerance
     assert difference(got_ema, ema) < tolerance
@@ -315,7 +316,7 @@ def test_the_state_of_another_model_is_refused(alone, tmp_path):
         other.load(tmp_path)
     without = cases.make_engine(alone, ema=None)
     without.save(tmp_path)
-    with pytest.raises(DataError, match="'ema/body.0.bias' is missing"):
+    with pytest.raises(DataError, match=r"'ema/body\.0\.bias' is missing"):
         engine.load(tmp_path)
     for one in (engine, other, without):
         one.close()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from underpaint.config.schema import OptimizerConfig
 from underpaint.training.schedule import rate_factor
 
@@ -45,4 +48,4 @@ def test_it_rises_then_never_rises_again(warmup, steps, schedule, final):
     assert all(0.0 <= factor <= 1.0 for factor in factors)
     up, down = factors[:warmup], factors[warmup:]
     assert up == sorted(up)
-    assert all(first >= second - 1e-12 for first, second in zip(down, down[1:], strict=False))
+    assert all(first >= second - 1e-12 for first, second in itertools.pairwise(down))

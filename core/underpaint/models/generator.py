@@ -92,8 +92,6 @@ class Generator(nn.Module):
             raise DataError(f"{len(seeds)} seeds were given for {len(inputs)} samples; give one seed each.")
         shape = (self.tokenizer.latent_channels, *(grid or self.grid))
         noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(device)
-        if isinstance(inputs, Tensor):
-            inputs = inputs.to(device)
         condition = self.conditioner(inputs)
         null = self.conditioner.null(len(seeds), device)
         field = guided_field(self.backbone, condition, null, settings.guidance)

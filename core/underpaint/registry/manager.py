@@ -142,7 +142,8 @@ class PluginManager:
             self._collect(module, record)
         except (Exception, SystemExit) as error:
             if registered:
-                self._pm.unregister(module)
+                if self._pm.is_registered(module):
+                    self._pm.unregister(module)
                 self.catalogue.remove_plugin(record.name)
             self._fail(record, error)
         finally:

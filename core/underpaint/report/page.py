@@ -13,7 +13,6 @@ import attrs
 import jinja2
 import numpy as np
 import yaml
-from markupsafe import Markup
 from numpy.typing import NDArray
 
 from underpaint.config.recipe import write_atomically
@@ -121,7 +120,7 @@ def _html(facts: RunFacts, rows: Mapping[str, NDArray[np.uint8]], curves: Mappin
         open_cards=max(4, _OPEN // max(1, len(rows))),
         open_samples=_OPEN,
         numbers=[(n, figure(n.value, n.std), protocol_lines(n.protocol)) for n in facts.numbers],
-        curves={name: [Markup(svg) for svg in svgs] for name, svgs in curves.items()},  # noqa: S704 - drawn here
+        curves=curves,
         bad_rows={stage.name: _bad_rows(stage) for stage in facts.stages},
         speeds=[(stage.name, speed_cells(stage.speed)) for stage in facts.stages],
         convention=MFU_CONVENTION,

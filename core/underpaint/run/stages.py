@@ -204,8 +204,8 @@ def _call(
     module: Any, batch: LatentBatch, noise: StepNoise, step: int, device: torch.device
 ) -> tuple[Tensor, dict[str, Tensor]]:
     epsilon, t, drop = noise.rows(step, batch.rows)
-    inputs = batch.inputs.to(device, non_blocking=True) if isinstance(batch.inputs, Tensor) else batch.inputs
-    loss, terms = module(batch.latents.to(device, non_blocking=True), inputs, epsilon, t, drop, step)
+    # Labels stay on the CPU: the conditioner checks their range there without waiting for the device.
+    loss, terms = module(batch.latents.to(device, non_blocking=True), batch.inputs, epsilon, t, drop, step)
     return loss, terms
 
 
@@ -252,7 +252,7 @@ def _train(
     latest = store.latest()
     start = 0
     if latest is not None:
-        engine.load(latest.path)
+        engine.load(latest.folder)
         start = latest.step
     plugins = manager()
     trackers = _trackers(session, folder) if ranks.is_main else []

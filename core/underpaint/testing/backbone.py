@@ -61,10 +61,11 @@ def velocity_as_declared(subject: Subject) -> None:
 @check("backbone")
 def hidden_as_asked(subject: Subject) -> None:
     """Hidden states come for exactly the layers asked for, B×N×width, and asking changes nothing."""
-    backbone = subject.make()
+    # An oblong grid, so that the number of tokens and the width are unlikely to be equal.
+    rows, columns = subject.context["grid"][0], 2 * subject.context["grid"][1]
+    backbone = subject.make(grid=(rows, columns))
     disturb(backbone)
-    rows, columns = subject.context["grid"]
-    inputs = _probe(subject, backbone, 2)
+    inputs = _inputs(subject, 2, (rows, columns))
     layers = sorted({0, max(len(backbone.blocks()) - 1, 0)})
     with torch.no_grad():
         result, plain = backbone(*inputs, layers=layers), backbone(*inputs)

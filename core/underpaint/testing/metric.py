@@ -30,8 +30,10 @@ def _pair(subject: Subject, component: Metric) -> tuple[Tensor, Tensor]:
     references = _images(subject, 0)
     if not component.paired:
         return _images(subject, 1), references
+    # Each image is noisier than the one before, so that a mean of batches is not the mean of their images.
+    scale = torch.linspace(0.02, 0.3, _COUNT).view(-1, 1, 1, 1)
     noise = torch.randn(references.shape, generator=generator(2))
-    return (references + 0.1 * noise).clamp(-1, 1), references
+    return (references + scale * noise).clamp(-1, 1), references
 
 
 def _value(metric: Metric, *updates: tuple[Tensor | None, Tensor | None]) -> dict[str, float]:

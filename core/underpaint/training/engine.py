@@ -201,6 +201,8 @@ class Engine:
                 "check_grad_overflow": True,
             },
             "data_types": {"grad_accum_dtype": "fp32"},
+            # Sums of bf16 gradients over many ranks lose what the fp32 accumulation keeps.
+            "communication_data_type": "fp32",
         }
 
     @contextlib.contextmanager

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from underpaint.config.recipe import write_atomically
 from underpaint.interfaces.tracker import Tracker
 
-__all__ = ["StageLog", "format_line"]
+__all__ = ["StageLog", "format_line", "read_rows"]
 
 _RATES = ("lr", "grad_norm", "images_per_second", "mfu", "data_wait", "memory_gib", "seconds", "eta", "skipped")
 

@@ -146,8 +146,9 @@ def train_loop(
             signals = ranks.all_gather_object(signal) if _due(done, config) else [None]
             signal = next((s for s in signals if s), None)
         if signal or done % config.checkpoint_every == 0 or done == steps:
-            if store.save(done, engine.save, {"stage": name, "skipped": skipped}):
-                call("on_checkpoint_saved", stage=name, step=done, checkpoint=store.path(done))
+            checkpoint = store.save(done, engine.save, {"stage": name, "skipped": skipped})
+            if checkpoint is not None:
+                call("on_checkpoint_saved", stage=name, step=done, checkpoint=checkpoint.folder)
             if done == logged_step:
                 last = time.perf_counter()
         if signal and done < steps:

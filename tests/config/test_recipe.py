@@ -1,0 +1,144 @@
+"""Recipes: YAML, overrides, strictness."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from underpaint.config.recipe import (
+    apply_overrides,
+    dump_recipe,
+    plain_recipe,
+    read_yaml,
+    recipe_from_plain,
+    write_atomically,
+)
+from underpaint.errors import ConfigError, NotFoundError
+from underpaint.registry.manager import manager
+from underpaint.run.recipes import check_recipe, load_recipe
+
+SHIPPED = [registration.name for registration in manager().catalogue.recipes()]
+
+
+def minimal() -> dict[str, Any]:
+    return {
+        "name": "minimal",
+        "data": {"train": "scenes/shapes"},
+        "tokenizer": {"encoder": "tiny/vit", "adapter": "aligntok/mlp", "decoder": "ldm/decoder"},
+        "stages": [{"name": "align", "trains": ["adapter"], "losses": ["l1"], "steps": 3}],
+    }
+
+
+def test_yaml_reads_exponents_as_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("a: 1e-4\nb: 1.5e3\nc: .5\nd: 3\ne: 1e5x\n")
+    assert read_yaml(path) == {"a": 1e-4, "b": 1500.0, "c": 0.5, "d": 3, "e": "1e5x"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\na: 2\n", "stands twice in line 2"),
+        ("- 1\n- 2\n", "must hold a mapping"),
+        ("a: [1, 2\n", "not valid YAML"),
+        ("a: {b: !!python/object:os.system x}\n", "not valid YAML"),
+    ],
+)
+def test_bad_yaml_is_one_sentence(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_yaml(path)
+
+
+def test_missing_file_names_the_way_to_recipes(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match="recipe:NAME"):
+        read_yaml(tmp_path / "absent.yaml")
+
+
+def test_overrides_reach_names_indices_and_bare_components() -> None:
+    plain = apply_overrides(
+        minimal(),
+        [
+            "stages.align.steps=7",
+            "stages.0.optimizer.lr=1e-3",
+            "tokenizer.encoder.layers=[1, 3]",
+            "data.size=[64, 32]",
+            "stages.align.losses.l1.weight=0.5",
+        ],
+    )
+    recipe = recipe_from_plain(plain)
+    assert recipe.stages[0].steps == 7
+    assert recipe.stages[0].optimizer.lr == 1e-3
+    assert recipe.tokenizer.encoder is not None
+    assert recipe.tokenizer.encoder.options == {"layers": [1, 3]}
+    assert (recipe.data.height, recipe.data.width) == (64, 32)
+    assert recipe.stages[0].losses[0].weight == 0.5
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.align.optmizer=1", r"stages\[0\] has no key 'optmizer'. Did you mean 'optimizer'"),
+        ("data.size=big", "data.size must be a whole number or a list, not 'big'"),
+        ("seed=1.5", "seed must be a whole number"),
+        ("stages.nope.steps=1", "known: align"),
+        ("engine.zero=4", "engine.zero is 4"),
+        ("nonsense", "write 'path=value'"),
+        ("seed.deeper=1", "seed"),
+        ("stages.align.trains=[]", "is empty"),
+        ("stages.align.teacher=later", "not an earlier stage"),
+        ("stages.align.name=latents", "none of latents"),
+        ("data.holdout=1.5", "holdout"),
+        ("evaluation.guidance.interval=[0.8, 0.2]", "low < high"),
+        ("tokenizer.load=somewhere", "keep one of the two"),
+    ],
+)
+def test_wrong_overrides_name_their_path(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        recipe_from_plain(apply_overrides({"seed": 0, **minimal()}, [override]))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_recipe_is_valid_and_survives_a_round_trip(name: str) -> None:
+    recipe = load_recipe(f"recipe:{name}")
+    assert recipe_from_plain(plain_recipe(recipe)) == recipe
+    assert recipe.about
+
+
+def test_dumped_recipe_reads_back(tmp_path: Path) -> None:
+    recipe = recipe_from_plain(minimal())
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_recipe(recipe))
+    assert recipe_from_plain(read_yaml(path)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("tokenizer.encoder=tiny/vitt", "Did you mean 'tiny/vit'"),
+        ("tokenizer.adapter.hiden=3", "tokenizer.adapter has no key 'hiden'. Did you mean 'hidden'"),
+        ("tokenizer.decoder.base=wide", "tokenizer.decoder.base must be"),
+        ("stages.align.losses=[lll1]", r"stages\[0\].losses\[0\]: There is no loss 'lll1'"),
+        ("plugins=[absent_plugin]", "absent_plugin"),
+    ],
+)
+def test_components_are_checked_before_anything_is_built(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_recipe(recipe_from_plain(apply_overrides(minimal(), [override])))
+
+
+def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file.txt"
+    write_atomically(path, "old")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
