@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from underpaint import hookimpl
 
-if TYPE_CHECKING:
-    from underpaint.registry.registrar import Registrar
-
 
 @hookimpl
-def register_datasets(register: Registrar) -> None:
+def register_datasets(register: Any) -> None:
+    """Register the three formats."""
     register(
         "files/folder",
         "underpaint_files.folder:Folder",
         config="underpaint_files.config:FolderConfig",
+        tiny={"path": "{images}"},
         summary="folder of images; its subfolders, if any, are the classes",
     )
     register(
         "files/parquet",
         "underpaint_files.parquet:Parquet",
         config="underpaint_files.config:ParquetConfig",
+        tiny={"path": "{parquet}"},
         summary="Parquet files with image, label and text columns, as on Hugging Face",
     )
     register(
         "files/webdataset",
         "underpaint_files.webdataset:WebDataset",
         config="underpaint_files.config:WebDatasetConfig",
+        tiny={"path": "{tar}"},
         summary="tar files of images with .cls, .txt or .json beside them",
     )

@@ -9,7 +9,7 @@ import numpy as np
 
 from underpaint import BrokenImageError, DataError, Dataset, Sample, decode_image
 from underpaint_files.config import FolderConfig
-from underpaint_files.storage import Names, fingerprint, open_path, read
+from underpaint_files.storage import Names, check_index, fingerprint, open_path, read
 
 __all__ = ["Folder"]
 
@@ -46,6 +46,7 @@ class Folder(Dataset):
         return len(self._names)
 
     def __getitem__(self, index: int) -> Sample:
+        check_index(index, len(self))
         key = self._names[index]
         try:
             data = read(self._fs, f"{self._root}/{key}")
@@ -55,6 +56,7 @@ class Folder(Dataset):
         return Sample(image=decode_image(data, key), key=key, label=label)
 
     def fingerprint(self) -> str:
+        """Hash the relative paths and sizes of the images."""
         return fingerprint("folder", self._names, self._sizes.tolist())
 
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from underpaint import BrokenImageError, DataError, Dataset, Sample, decode_image
 from underpaint_files.config import ParquetConfig
-from underpaint_files.storage import find_shards, fingerprint, read_classes
+from underpaint_files.storage import check_index, find_shards, fingerprint, read_classes
 
 __all__ = ["Parquet"]
 
@@ -42,7 +42,9 @@ class Parquet(Dataset):
                     self._columns, names = columns, _names_in(file.schema_arrow, columns.label)
                 elif columns != self._columns:
                     raise DataError(f"'{path}' has other columns than '{self._files[0]}'; give files of one table.")
-                groups += [(number, group, metadata.row_group(group).num_rows) for group in range(metadata.num_row_groups)]
+                groups += [
+                    (number, group, metadata.row_group(group).num_rows) for group in range(metadata.num_row_groups)
+                ]
                 if columns.label is not None and names is None and config.classes is None:
                     highest = max(highest, _highest(file, columns.label))
         self._groups = np.array([group[:2] for group in groups], dtype=np.int64).reshape(-1, 2)
@@ -59,6 +61,7 @@ class Parquet(Dataset):
         return int(self._starts[-1])
 
     def __getitem__(self, index: int) -> Sample:
+        check_index(index, len(self))
         group = int(np.searchsorted(self._starts, index, side="right")) - 1
         number, inside = (int(value) for value in self._groups[group])
         row = index - int(self._starts[group])
@@ -82,6 +85,7 @@ class Parquet(Dataset):
         )
 
     def fingerprint(self) -> str:
+        """Hash the files' names and sizes and the columns that are read."""
         names = [posixpath.basename(path) for path in self._files]
         config = self._config
         return fingerprint("parquet", names, self._sizes, config.image, config.label, config.text)

@@ -16,7 +16,7 @@ import numpy as np
 
 from underpaint import DataError
 
-__all__ = ["Names", "find_shards", "fingerprint", "open_path", "read", "read_classes"]
+__all__ = ["Names", "check_index", "find_shards", "fingerprint", "open_path", "read", "read_classes"]
 
 ATTEMPTS = 4
 _SPLIT = re.compile(r"(?:^|[-_.])(train|validation|valid|val|test)(?=[-_.]|$)")
@@ -36,6 +36,12 @@ class Names(Sequence[str]):
     def __getitem__(self, index: Any) -> Any:
         assert isinstance(index, (int, np.integer))
         return self._block[self._ends[index] : self._ends[index + 1]].decode("utf-8", "surrogateescape")
+
+
+def check_index(index: int, count: int) -> None:
+    """Raise IndexError unless 0 ≤ index < count."""
+    if not 0 <= index < count:
+        raise IndexError(f"There are {count} samples; {index} is not one of them.")
 
 
 def open_path(path: str) -> tuple[Any, str]:

@@ -59,7 +59,9 @@ def members(file: Any, total: int) -> Iterator[Member]:
         file.seek(offset)
         header = file.read(_BLOCK)
         if len(header) < _BLOCK:
-            raise TruncatedTarError(f"ends without an end mark after member '{last}'" if last else "is empty or cut off")
+            raise TruncatedTarError(
+                f"ends without an end mark after member '{last}'" if last else "is empty or cut off"
+            )
         if not any(header):
             return
         try:

@@ -12,7 +12,7 @@ import numpy as np
 
 from underpaint import DataError, Dataset, Sample, decode_image
 from underpaint_files.config import WebDatasetConfig
-from underpaint_files.storage import Names, find_shards, fingerprint, read, read_classes
+from underpaint_files.storage import Names, check_index, find_shards, fingerprint, read, read_classes
 from underpaint_files.tar import TruncatedTarError, members
 
 __all__ = ["WebDataset"]
@@ -41,7 +41,9 @@ class WebDataset(Dataset):
             except OSError as error:
                 raise DataError(f"'{path}' cannot be read: {error}.") from error
         if not index.keys:
-            raise DataError(f"There are no {', '.join('.' + e for e in _IMAGES)} members in the tars of '{config.path}'.")
+            raise DataError(
+                f"There are no {', '.join('.' + e for e in _IMAGES)} members in the tars of '{config.path}'."
+            )
         count = len(index.keys)
         self._keys = Names(index.keys)
         self._places = np.frombuffer(index.places, dtype=np.int64).reshape(count, 3)
@@ -62,12 +64,15 @@ class WebDataset(Dataset):
                 else read_classes(config.classes)
             )
             if highest >= len(self.classes):
-                raise DataError(f"'{config.path}' has label {highest}, and '{config.classes}' names {len(self.classes)}.")
+                raise DataError(
+                    f"'{config.path}' has label {highest}, and '{config.classes}' names {len(self.classes)}."
+                )
 
     def __len__(self) -> int:
         return len(self._keys)
 
     def __getitem__(self, index: int) -> Sample:
+        check_index(index, len(self))
         key = self._keys[index]
         data = self._part(int(self._places[index, 0]), *self._places[index, 1:])
         return Sample(
@@ -78,6 +83,7 @@ class WebDataset(Dataset):
         )
 
     def fingerprint(self) -> str:
+        """Hash the files' names and sizes."""
         return fingerprint("webdataset", [posixpath.basename(path) for path in self._files], self._sizes)
 
     def _part(self, number: int, start: Any, size: Any) -> bytes:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from underpaint import hookimpl
 
-if TYPE_CHECKING:
-    from underpaint.registry.registrar import Registrar
-
 
 @hookimpl
-def register_datasets(register: Registrar) -> None:
+def register_datasets(register: Any) -> None:
+    """Register the procedural scenes."""
     register(
         "scenes/shapes",
         "underpaint_scenes.dataset:Shapes",

@@ -50,4 +50,5 @@ class Shapes(Dataset):
         return attrs.asdict(draw(self._config.seed, index))
 
     def fingerprint(self) -> str:
+        """Hash the options and the version of the drawing."""
         return hashlib.sha256(repr((VERSION, self._config)).encode()).hexdigest()

@@ -116,7 +116,7 @@ def draw(seed: int, index: int) -> Scene:
     main = _thing(rng, shape, main_colour, x, y, radius, _choice(rng, TEXTURES))
     texture = _choice(rng, TEXTURES[:2])
     shade = _shade(rng, small_colour)
-    small = []
+    small: list[Thing] = []
     for _ in range(int(rng.integers(0, 4))):
         place = _free_place(rng, [main, *small])
         if place is not None:
@@ -143,9 +143,7 @@ def _ground(rng: np.random.Generator, colour: str) -> Ground:
     )
 
 
-def _thing(
-    rng: np.random.Generator, shape: str, colour: str, x: float, y: float, radius: float, texture: str
-) -> Thing:
+def _thing(rng: np.random.Generator, shape: str, colour: str, x: float, y: float, radius: float, texture: str) -> Thing:
     hsv = _shade(rng, colour)
     # The second shade of a texture is paler on strong colours and darker on white.
     lift = (hsv[0], hsv[1] * 0.35, min(1.0, hsv[2] * 1.15)) if hsv[1] > 0.2 else (hsv[0], 0.12, hsv[2] * 0.62)

@@ -2,37 +2,49 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 __all__ = ["SHAPES", "Field"]
 
-Field = NDArray[np.float32]
+Field = NDArray[np.floating[Any]]
+"""Numbers per pixel, in practice float32."""
+
 Outline = Callable[[Field, Field], Field]
 
 
 def _circle(x: Field, y: Field) -> Field:
-    return np.hypot(x, y) - np.float32(0.92)
+    return np.hypot(x, y) - 0.92
 
 
 def _ring(x: Field, y: Field) -> Field:
-    return np.abs(np.hypot(x, y) - np.float32(0.72)) - np.float32(0.24)
+    return np.abs(np.hypot(x, y) - 0.72) - 0.24
 
 
 def _pill(x: Field, y: Field) -> Field:
-    return np.hypot(np.maximum(np.abs(x) - np.float32(0.55), 0), y) - np.float32(0.42)
+    return np.hypot(np.maximum(np.abs(x) - 0.55, 0), y) - 0.42
 
 
 def _crescent(x: Field, y: Field) -> Field:
-    return np.maximum(np.hypot(x, y) - np.float32(0.98), np.float32(0.8) - np.hypot(x - np.float32(0.5), y))
+    outer, hollow, shift = 0.98, 0.8, 0.5
+    # The two circles meet at the tips.
+    tip_x = (outer**2 - hollow**2 + shift**2) / (2 * shift)
+    tip_y = math.sqrt(outer**2 - tip_x**2)
+    up = np.abs(y)
+    arcs = np.maximum(np.hypot(x, y) - outer, hollow - np.hypot(x - shift, y))
+    nearest_is_tip = (up * tip_x < x * tip_y) & ((x - shift) * tip_y > up * (tip_x - shift))
+    distance: Field = np.where(nearest_is_tip, np.hypot(x - tip_x, up - tip_y), arcs)
+    return distance
 
 
 def _flower(x: Field, y: Field) -> Field:
-    edge = np.float32(0.76) + np.float32(0.2) * np.cos(5 * np.arctan2(x, -y))
+    edge: Field = 0.76 + 0.2 * np.cos(5 * np.arctan2(x, -y))
     # A polar curve is nearer than it looks along the ray; its slope is at most about one in this one.
-    return (np.hypot(x, y) - edge) * np.float32(0.8)
+    return (np.hypot(x, y) - edge) * 0.8
 
 
 def _polygon(points: list[tuple[float, float]], rounding: float = 0.05) -> Outline:
@@ -41,12 +53,11 @@ def _polygon(points: list[tuple[float, float]], rounding: float = 0.05) -> Outli
     ends = np.roll(corners, -1, axis=0)
     spans = ends - corners
     lengths = (spans**2).sum(axis=1)
-    radius = np.float32(rounding)
 
     def outline(x: Field, y: Field) -> Field:
         nearest = np.full(x.shape, np.inf, dtype=np.float32)
         inside = np.zeros(x.shape, dtype=bool)
-        for (ax, ay), (bx, by), (sx, sy), length in zip(corners, ends, spans, lengths, strict=True):
+        for (ax, ay), (_, by), (sx, sy), length in zip(corners, ends, spans, lengths, strict=True):
             dx, dy = x - ax, y - ay
             along = np.clip((dx * sx + dy * sy) / length, 0, 1)
             dx -= along * sx
@@ -54,7 +65,8 @@ def _polygon(points: list[tuple[float, float]], rounding: float = 0.05) -> Outli
             np.minimum(nearest, dx * dx + dy * dy, out=nearest)
             if ay != by:  # even-odd rule: each edge that a ray to the right crosses turns inside out
                 inside ^= ((y >= ay) != (y >= by)) & (x < ax + (y - ay) * (sx / sy))
-        return np.sqrt(nearest) * np.where(inside, np.float32(-1), np.float32(1)) - radius
+        distance = np.sqrt(nearest)
+        return np.where(inside, -distance, distance) - rounding
 
     return outline
 
@@ -66,13 +78,19 @@ def _star() -> Outline:
 
 
 def _heart() -> Outline:
-    turns = np.linspace(0, 2 * np.pi, 28, endpoint=False)
+    turns = np.linspace(0, 2 * np.pi, 36, endpoint=False)
     x = np.sin(turns) ** 3
     y = -(13 * np.cos(turns) - 5 * np.cos(2 * turns) - 2 * np.cos(3 * turns) - np.cos(4 * turns)) / 16 - 0.1
     return _polygon([(float(a), float(b)) for a, b in zip(0.92 * x, 0.92 * y, strict=True)], 0.03)
 
 
-_A, _B = 0.28, 0.86  # half the width and half the length of the cross's bars
+def _cross() -> Outline:
+    half, reach = 0.28, 0.86
+    corners = [(-half, -reach), (half, -reach), (half, -half)]
+    for _ in range(3):  # a quarter turn each
+        corners += [(-y, x) for x, y in corners[-3:]]
+    return _polygon(corners)
+
 
 SHAPES: dict[str, Outline] = {
     "circle": _circle,
@@ -80,10 +98,7 @@ SHAPES: dict[str, Outline] = {
     "triangle": _polygon([(0.0, -0.95), (0.87, 0.62), (-0.87, 0.62)], 0.06),
     "star": _star(),
     "ring": _ring,
-    "cross": _polygon(
-        [(-_A, -_B), (_A, -_B), (_A, -_A), (_B, -_A), (_B, _A), (_A, _A)]
-        + [(_A, _B), (-_A, _B), (-_A, _A), (-_B, _A), (-_B, -_A), (-_A, -_A)]
-    ),
+    "cross": _cross(),
     "heart": _heart(),
     "crescent": _crescent,
     "flower": _flower,

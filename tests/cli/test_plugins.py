@@ -64,7 +64,8 @@ def shop(tmp_path: Path) -> Iterator[PluginManager]:
     files = {
         "plugin_shop": FILE.format(stem="plugin_shop"),
         "plugin_ruin": "def inner():\n    raise OSError('the roof\\nfell in')\ninner()",
-        "plugin_rival": '@__import__("underpaint").hookimpl\ndef register_metrics(register):\n    register("both", "x:Y")',
+        "plugin_rival": "import underpaint\n@underpaint.hookimpl\ndef register_metrics(register):\n"
+        "    register('both', 'x:Y')",
     }
     for stem, source in files.items():
         (tmp_path / f"{stem}.py").write_text(source)
@@ -104,7 +105,7 @@ def test_list_as_json(shop: PluginManager) -> None:
     plain = _json("list")
     plugins = {plugin["name"]: plugin for plugin in plain["plugins"] if plugin["status"] != "off"}
     assert list(plugins) == ["plugin_shop", "plugin_ruin", "plugin_rival"]
-    assert plugins["plugin_shop"]["names"] == {"loss": 1, "metric": 1, "sampler": 2}
+    assert plugins["plugin_shop"]["names"] == {"metric": 1, "loss": 1, "sampler": 1, "alias": 1}
     assert plugins["plugin_shop"]["hooks"] == [
         "on_step_end",
         "register_losses",

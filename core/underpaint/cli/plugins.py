@@ -69,8 +69,10 @@ def list_plugins(as_json: bool) -> None:
 
 def _plugin_row(record: PluginRecord) -> dict[str, Any]:
     distribution, _, version = record.distribution.partition(" ")
-    live = record.names if record.status == "active" else ()
-    counts = Counter(kind for kind, _ in live)
+    catalogue = _manager().catalogue
+    counts = Counter(item.kind for item in catalogue.registrations() if item.plugin == record.name)
+    counts["alias"] = sum(item.plugin == record.name for item in catalogue.aliases())
+    counts["recipe"] = sum(item.plugin == record.name for item in catalogue.recipes())
     return {
         "name": record.name,
         "distribution": distribution,
@@ -78,7 +80,7 @@ def _plugin_row(record: PluginRecord) -> dict[str, Any]:
         "origin": record.origin,
         "status": record.status,
         "hooks": list(record.hooks),
-        "names": {kind: counts[kind] for kind in (*KINDS, "recipe") if counts[kind]},
+        "names": {kind: counts[kind] for kind in (*KINDS, "alias", "recipe") if counts[kind]},
         "error": record.error,
         "load_ms": round(record.seconds * 1000),
     }

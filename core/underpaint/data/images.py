@@ -7,7 +7,7 @@ import warnings
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from underpaint.errors import BrokenImageError
 
@@ -62,7 +62,7 @@ def decode_image(data: bytes, key: str) -> NDArray[np.uint8]:
         raise
     except Image.DecompressionBombError as error:
         raise BrokenImageError(key, _too_large(str(error))) from error
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise BrokenImageError(key, "it is not an image of a known format") from error
     except Exception as error:  # on damaged input decoders raise anything, from SyntaxError to struct.error
         raise BrokenImageError(key, f"it cannot be decoded ({type(error).__name__}: {error})") from error

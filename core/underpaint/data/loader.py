@@ -6,6 +6,7 @@ Samples that cannot be decoded are counted and named, up to a limit.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import multiprocessing
@@ -149,7 +150,9 @@ class ImageLoader:
 
     def __next__(self) -> Batch:
         if self._pool is None:
-            self._pool = _reads(self._reader, _Steps(self._step, self._batch, self._rank, self._per_rank), self._workers)
+            self._pool = _reads(
+                self._reader, _Steps(self._step, self._batch, self._rank, self._per_rank), self._workers
+            )
         start = time.perf_counter()
         read = next(self._pool)
         wait = time.perf_counter() - start
@@ -200,7 +203,8 @@ class ImagePass:
         workers: int = 0,
         max_broken: float = 0.01,
     ) -> None:
-        assert 0 <= rank < world_size and batch > 0
+        assert 0 <= rank < world_size
+        assert batch > 0
         chosen = _chosen(dataset, indices)
         count = len(chosen)
         share = range(count * rank // world_size, count * (rank + 1) // world_size)
@@ -221,14 +225,14 @@ class ImagePass:
 
     def __iter__(self) -> Iterator[Batch]:
         self._ledger = _Ledger(self._ledger.limit)
-        pool = _reads(self._reader, self._slices, self._workers)
-        for _ in self._slices:
-            start = time.perf_counter()
-            read = next(pool)
-            wait = time.perf_counter() - start
-            self._ledger.add(read)
-            if read.batch is not None:
-                yield attrs.evolve(read.batch, wait_seconds=wait)
+        with contextlib.closing(_reads(self._reader, self._slices, self._workers)) as pool:
+            for _ in self._slices:
+                start = time.perf_counter()
+                read = next(pool)
+                wait = time.perf_counter() - start
+                self._ledger.add(read)
+                if read.batch is not None:
+                    yield attrs.evolve(read.batch, wait_seconds=wait)
         self._ledger.finish()
 
 
@@ -239,7 +243,7 @@ def _chosen(dataset: Dataset, indices: Sequence[int] | NDArray[np.int64] | None)
     if indices is None:
         return range(count)
     chosen = np.asarray(indices, dtype=np.int64)
-    assert chosen.min() >= 0 and chosen.max() < count, "indices outside the data set"
+    assert 0 <= chosen.min() <= chosen.max() < count, "indices outside the data set"
     return chosen
 
 
@@ -383,7 +387,7 @@ class _Steps(Sampler[range]):
             first += self._batch
 
 
-def _same(read: _Read) -> _Read:
+def _same(read: Any) -> Any:
     return read
 
 
@@ -415,6 +419,6 @@ def _reads(reader: _Reader, positions: Sampler[range] | list[range], workers: in
         if "DataLoader worker process" in str(error):  # raised by the code in a worker, not by its death
             raise
         raise DataError(
-            f"A process that reads images was killed ({' '.join(str(error).split())}), often for lack of memory or of "
-            "/dev/shm; start again to resume, with a smaller data.workers if it recurs."
+            f"A process that reads images was killed ({' '.join(str(error).split())}), often for lack of memory or "
+            "shared memory; start again to resume, with a smaller data.workers if it recurs."
         ) from error

@@ -79,7 +79,7 @@ def to_tensor(images: Tensor) -> Tensor:
     Returns:
         B×3×H×W float32 in [-1, 1], on the same device.
     """
-    assert images.dtype == torch.uint8 and images.ndim == 4 and images.shape[-1] == 3
+    assert (images.dtype, images.ndim, images.shape[-1]) == (torch.uint8, 4, 3)
     return images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
 
 
@@ -92,6 +92,6 @@ def to_uint8(images: Tensor) -> Tensor:
     Returns:
         B×H×W×3 uint8, on the same device.
     """
-    assert images.ndim == 4 and images.shape[1] == 3
+    assert (images.ndim, images.shape[1]) == (4, 3)
     levels = images.detach().float().add(1.0).mul(127.5).round().clamp(0.0, 255.0)
     return levels.to(torch.uint8).permute(0, 2, 3, 1).contiguous()

@@ -208,7 +208,6 @@ class PluginManager:
             try:
                 self._call_one(module, hook, **arguments)
             except (Exception, SystemExit) as error:
-                self._pm.unregister(module)
                 self._fail(record, error, f"failed in {hook} and gets no more calls")
 
     def record(self, name: str) -> PluginRecord:
