@@ -15,7 +15,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -92,9 +92,7 @@ def diffusion_case(backbone: str, grid: int, **options: Any) -> Callable[..., An
         )
         tokenizer = build_tokenizer(tokenizer_config("timm/test_vit@random", 32), 0)
         shape = (grid, grid)
-        net, conditioner = build_generator_parts(
-            config, tokenizer, grid=shape, classes=1000, has_text=False, seed=0
-        )
+        net, conditioner = build_generator_parts(config, tokenizer, grid=shape, classes=1000, has_text=False, seed=0)
         module = DiffusionModule(net, conditioner, diffusion_losses(config, device)).to(device)
         latents = torch.randn(batch, 32, *shape, device=device)
         labels = torch.randint(0, 1000, (batch,), device=device)
@@ -116,14 +114,24 @@ def l1_stage(name: str, trains: tuple[Any, ...], teacher: str | None = None) -> 
 
 
 def cases(tiny: bool) -> list[Case]:
-    encoder, base, size = ("timm/vit_large_patch14_dinov2@random", 128, 256) if not tiny else ("timm/test_vit@random", 32, 64)
+    encoder, base, size = (
+        ("timm/vit_large_patch14_dinov2@random", 128, 256) if not tiny else ("timm/test_vit@random", 32, 64)
+    )
     align = l1_stage("align", ("adapter", "decoder"))
     perceive = l1_stage("perceive", ("encoder", "adapter", "decoder"), teacher="align")
     batch = 32 if not tiny else 2
     sit = diffusion_case("sit/XL-1", 16) if not tiny else diffusion_case("sit/S-1", 4, depth=2, width=64, heads=4)
     return [
-        Case(name="AlignTok stage 1: DINOv2-L frozen, 41 M decoder, 256 px", batch=batch, make=tokenizer_case(align, encoder, base, size)),
-        Case(name="AlignTok stage 2: DINOv2-L trained, teacher, 256 px", batch=batch, make=tokenizer_case(perceive, encoder, base, size)),
+        Case(
+            name="AlignTok stage 1: DINOv2-L frozen, 41 M decoder, 256 px",
+            batch=batch,
+            make=tokenizer_case(align, encoder, base, size),
+        ),
+        Case(
+            name="AlignTok stage 2: DINOv2-L trained, teacher, 256 px",
+            batch=batch,
+            make=tokenizer_case(perceive, encoder, base, size),
+        ),
         Case(name="SiT-XL/1 on 16×16×32 latents", batch=128 if not tiny else 4, sweep=True, make=sit),
     ]
 
@@ -167,13 +175,8 @@ def plain_loop(case: Case, device: torch.device, *, compiled: bool, steps: int, 
     return timed(run, device, steps, warm)
 
 
-def engine_loop(
-    case: Case, ranks: Ranks, *, zero: Any, compiled: bool, steps: int, warm: int
-) -> tuple[dict[str, float], float]:
+def engine_loop(case: Case, ranks: Ranks, *, zero: Any, compiled: bool, steps: int, warm: int) -> dict[str, float]:
     module, blocks, step = case.make(ranks.device, case.batch)
-    single, _, single_step = case.make(ranks.device, 1)
-    flops = count_flops(single, lambda: single_step(single, 0))
-    del single
     if compiled:
         for block in blocks:
             block.compile()
@@ -194,7 +197,28 @@ def engine_loop(
 
     result = timed(run, ranks.device, steps, warm)
     engine.close()
-    return result, flops
+    return result
+
+
+def variants(
+    case: Case, ranks: Ranks, arguments: argparse.Namespace
+) -> Iterator[tuple[str, Callable[[], tuple[dict[str, float], float]]]]:
+    flops = flops_per_image(case, ranks.device)
+    for compiled in (False, True) if not arguments.tiny else (False,):
+        label = "compiled" if compiled else "eager"
+        common = {"compiled": compiled, "steps": arguments.steps, "warm": arguments.warm}
+        if case.sweep or not compiled:
+            yield f"plain torch, {label}", lambda c=common: (plain_loop(case, ranks.device, **c), flops)
+        for zero in (0, 1) if case.sweep else (0,):
+            yield (
+                f"engine ZeRO-{zero}, {label}",
+                lambda z=zero, c=common: (engine_loop(case, ranks, zero=z, **c), flops),
+            )
+
+
+def flops_per_image(case: Case, device: torch.device) -> float:
+    module, _, step = case.make(device, 1)
+    return count_flops(module, lambda: step(module, 0))
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -219,68 +243,48 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
-    rows: list[dict[str, Any]] = []
     with Ranks("auto") as ranks:
         peak, source = peak_flops(ranks.device, "bf16")
+        record: dict[str, Any] = {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "commit": commit(),
+            "machine": machine(ranks.device),
+            "peak": {"flops": peak, "source": source},
+            "convention": "FLOP = 2 multiply-adds, forward and backward counted; recomputation not counted",
+            "precision": "bf16 autocast; fp32 master weights, AdamW and EMA in the step; gradients clipped",
+            "steps": arguments.steps,
+            "warm": arguments.warm,
+            "rows": [],
+        }
         for case in cases(arguments.tiny):
             if arguments.only and arguments.only not in case.name:
                 continue
-            flops = 0.0
-            variants: list[tuple[str, Callable[[], Any]]] = []
-            for compiled in (False, True) if not arguments.tiny else (False,):
-                label = "compiled" if compiled else "eager"
-                common = {"compiled": compiled, "steps": arguments.steps, "warm": arguments.warm}
-                if case.sweep or not compiled:
-                    variants.append((f"plain torch, {label}", lambda c=common: (plain_loop(case, ranks.device, **c), 0.0)))
-                for zero in (0, 1) if case.sweep or not compiled else (0,):
-                    variants.append(
-                        (f"engine ZeRO-{zero}, {label}", lambda z=zero, c=common: engine_loop(case, ranks, zero=z, **c))
-                    )
             baseline = None
-            for label, run in variants:
+            for label, run in variants(case, ranks, arguments):
+                row: dict[str, Any] = {"case": case.name, "variant": label, "batch": case.batch}
                 try:
-                    result, counted = run()
+                    result, flops = run()
                 except torch.OutOfMemoryError:
-                    rows.append({"case": case.name, "variant": label, "batch": case.batch, "failed": "out of memory"})
-                    print(rows[-1], flush=True)
-                    continue
-                finally:
-                    torch._dynamo.reset()
-                    if ranks.device.type == "cuda":
-                        torch.cuda.empty_cache()
-                flops = counted or flops
-                rate = case.batch / result["median_s"]
-                baseline = baseline or rate
-                row = {
-                    "case": case.name,
-                    "variant": label,
-                    "batch": case.batch,
-                    "images_per_second": round(rate, 1),
-                    "ratio_to_plain_eager": round(rate / baseline, 3),
-                    **{key: round(value, 4) for key, value in result.items()},
-                    "gflop_per_image": round(flops / 1e9, 1),
-                }
-                rows.append(row)
-                print(row, flush=True)
-            for row in rows:
-                if row["case"] == case.name and "images_per_second" in row:
+                    row["failed"] = "out of memory"
+                else:
+                    rate = case.batch / result["median_s"]
+                    baseline = baseline or rate
+                    row["images_per_second"] = round(rate, 1)
+                    row["ratio_to_plain_eager"] = round(rate / baseline, 3)
+                    row["mfu"] = round(rate * flops / peak, 4)
                     row["gflop_per_image"] = round(flops / 1e9, 1)
-                    row["mfu"] = round(row["images_per_second"] * flops / peak, 4)
-    record = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "machine": machine(ranks.device),
-        "peak": {"flops": peak, "source": source},
-        "convention": "FLOP = 2 multiply-adds, forward and backward counted; recomputation not counted",
-        "precision": "bf16 autocast; fp32 master weights, AdamW and EMA in the step; gradients clipped",
-        "steps": arguments.steps,
-        "warm": arguments.warm,
-        "rows": rows,
-    }
-    arguments.out.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    for row in rows:
-        print(f"{row['case']:56s} {row['variant']:30s} {row.get('images_per_second', row.get('failed'))!s:>14} img/s "
-              f"MFU {row.get('mfu', float('nan')):6.1%} {row.get('memory_gib', float('nan')):6.1f} GiB")
+                    row |= {key: round(value, 4) for key, value in result.items()}
+                torch._dynamo.reset()
+                if ranks.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                record["rows"].append(row)
+                # Rewritten after every row, so that a run cut short keeps what it measured.
+                arguments.out.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+                print(
+                    f"{case.name:56s} {label:28s} {row.get('images_per_second', row.get('failed'))!s:>14} img/s "
+                    f"MFU {row.get('mfu', float('nan')):6.1%} {row.get('memory_gib', float('nan')):6.1f} GiB",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         NotFoundError,
         PluginError,
         UnderpaintError,
+        suggest,
     )
     from underpaint.hookspecs import API_VERSION, hookimpl
     from underpaint.interfaces.adapter import Adapter, Posterior
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from underpaint.interfaces.metric import Metric
     from underpaint.interfaces.sampler import Sampler, VelocityField
     from underpaint.interfaces.tracker import Tracker
+    from underpaint.registry.registrar import RecipeRegistrar, Registrar
     from underpaint.weights import is_location, load_weights, tensor_hash
 
 _HOME = {
@@ -56,7 +58,9 @@ _HOME = {
     "PluginError": "errors",
     "Posterior": "interfaces.adapter",
     "Prediction": "interfaces.backbone",
+    "RecipeRegistrar": "registry.registrar",
     "Reconstruction": "interfaces.decoder",
+    "Registrar": "registry.registrar",
     "Sample": "interfaces.dataset",
     "Sampler": "interfaces.sampler",
     "StepTensors": "interfaces.loss",
@@ -71,6 +75,7 @@ _HOME = {
     "load_weights": "weights",
     "plugins": "api",
     "registry": "api",
+    "suggest": "errors",
     "tensor_hash": "weights",
 }
 
@@ -96,7 +101,9 @@ __all__ = [
     "PluginError",
     "Posterior",
     "Prediction",
+    "RecipeRegistrar",
     "Reconstruction",
+    "Registrar",
     "Sample",
     "Sampler",
     "StepTensors",
@@ -111,6 +118,7 @@ __all__ = [
     "load_weights",
     "plugins",
     "registry",
+    "suggest",
     "tensor_hash",
 ]
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from underpaint import Adapter, DataError, Features, Posterior
 
+from underpaint import Adapter, DataError, Features, Posterior
 from underpaint_aligntok.config import MlpConfig
 
 __all__ = ["Mlp"]

@@ -6,6 +6,7 @@ from typing import Literal
 
 import attrs
 from attrs import validators as v
+
 from underpaint import ConfigError
 
 __all__ = ["MlpConfig", "SemanticConfig"]

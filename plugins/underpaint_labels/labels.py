@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+
 from underpaint import Condition, Conditioner, DataError
 
 __all__ = ["Labels"]

@@ -6,12 +6,18 @@ from typing import Any
 
 import attrs
 from attrs import validators as v
+
 from underpaint import ConfigError
 
-__all__ = ["GROUPS", "DecoderConfig"]
+__all__ = ["DecoderConfig", "groups"]
 
-GROUPS = 32
-"""Groups of every GroupNorm; fewer only where there are fewer channels."""
+
+def groups(channels: int) -> int:
+    """Return the groups of a GroupNorm: 32 as published, fewer below 128 channels so that four share a group.
+
+    A group of one channel would erase that channel's mean, and a narrow decoder would lose the colours with it.
+    """
+    return min(32, max(1, channels // 4))
 
 
 @attrs.frozen(kw_only=True)
@@ -38,8 +44,8 @@ class DecoderConfig:
             raise ConfigError(f"multipliers is {list(value)}; give at least one, all 1 or more.")
         for multiplier in value or (1, 2, 4):
             channels = self.base * multiplier
-            if channels % min(GROUPS, channels):
+            if channels % groups(channels):
                 raise ConfigError(
-                    f"A level of base {self.base} × {multiplier} = {channels} channels does not divide into {GROUPS} "
-                    f"normalisation groups; make the product a multiple of {GROUPS}, or at most {GROUPS}."
+                    f"A level of base {self.base} × {multiplier} = {channels} channels does not divide into "
+                    f"{groups(channels)} normalisation groups; make the product a multiple of 32, or of 4 below 128."
                 )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
 from underpaint import ConfigError, Reconstruction
 from underpaint import Decoder as DecoderInterface
-
-from underpaint_ldm.config import GROUPS, DecoderConfig
+from underpaint_ldm.config import DecoderConfig, groups
 
 __all__ = ["Decoder"]
 
@@ -77,7 +77,7 @@ def _multipliers(config: DecoderConfig, stride: int) -> tuple[int, ...]:
 
 
 def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(min(GROUPS, channels), channels, eps=1e-6)
+    return nn.GroupNorm(groups(channels), channels, eps=1e-6)
 
 
 class _Residual(nn.Module):

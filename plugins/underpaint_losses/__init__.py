@@ -32,7 +32,6 @@ def register_losses(register: Any) -> None:
         "underpaint_losses.lpips:Lpips",
         config="underpaint_losses.config:LpipsConfig",
         tiny={"weights": "random"},
-        extra="lpips",
         summary="LPIPS on VGG-16; needs its weights as files",
         source="Zhang et al. 2018",
     )

@@ -6,10 +6,10 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-import underpaint
 from torch import Tensor
-from underpaint import Loss, StepTensors
 
+import underpaint
+from underpaint import Loss, StepTensors
 from underpaint_losses.config import FeaturesConfig
 
 __all__ = ["FeatureDistance"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+
 from underpaint import ConfigError, Loss, StepTensors
 
 __all__ = ["Kl"]

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import vgg16
-from underpaint import DataError, Loss, StepTensors, load_weights
 
+from underpaint import DataError, Loss, StepTensors, load_weights
 from underpaint_losses.config import LpipsConfig
 
 __all__ = ["Lpips"]

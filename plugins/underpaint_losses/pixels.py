@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 
 from torch import Tensor
+
 from underpaint import Loss, StepTensors
 
 __all__ = ["L1", "Mse"]

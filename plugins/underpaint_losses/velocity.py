@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor
-from underpaint import Loss, StepTensors
 
+from underpaint import Loss, StepTensors
 from underpaint_losses.config import VelocityConfig
 
 __all__ = ["Velocity"]

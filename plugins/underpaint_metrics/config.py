@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import attrs
+
 from underpaint import ConfigError
 
 __all__ = ["INCEPTION_FILE", "FidConfig", "FrechetConfig"]

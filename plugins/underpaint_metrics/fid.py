@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from underpaint import DataError
 
+from underpaint import DataError
 from underpaint_metrics.config import INCEPTION_FILE, FidConfig
 from underpaint_metrics.frechet import FrechetMetric
 

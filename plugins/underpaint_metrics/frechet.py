@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from underpaint import ConfigError, DataError, Encoder, Metric, create, is_location, tensor_hash
 
+from underpaint import ConfigError, DataError, Encoder, Metric, create, is_location, tensor_hash
 from underpaint_metrics.config import FrechetConfig
 from underpaint_metrics.gaussian import Gaussian, fit, frechet_distance, read_gaussian
 from underpaint_metrics.images import LEVELS, to_levels

@@ -11,6 +11,7 @@ import fsspec
 import numpy as np
 import torch
 from torch import Tensor
+
 from underpaint import DataError
 
 __all__ = ["Gaussian", "fit", "frechet_distance", "read_gaussian"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
 from underpaint import DataError
 
 __all__ = ["LEVELS", "to_levels", "to_pair"]

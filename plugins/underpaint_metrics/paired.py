@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from underpaint import DataError, Metric
 
+from underpaint import DataError, Metric
 from underpaint_metrics.images import LEVELS, to_pair
 
 __all__ = ["PSNR", "SSIM", "psnr", "ssim"]

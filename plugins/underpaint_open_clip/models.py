@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any, Literal
 
 import attrs
 import open_clip
 import timm
 
-from underpaint import ConfigError, NotFoundError, is_location
+from underpaint import ConfigError, NotFoundError, is_location, suggest
 
 __all__ = ["Weights", "names", "preprocessing", "resolve", "tags"]
 
@@ -72,13 +71,13 @@ def resolve(model: str, weights: str | None, tag: str | None) -> Weights:
                 f"The image tower of open_clip's '{model}' is not a plain vision transformer, so it cannot be an "
                 f"encoder here; the family serves {len(served)} others, such as 'open_clip/ViT-L-14@openai'."
             )
-        raise NotFoundError(f"open_clip has no model '{model}'; {_near(model, served)}")
+        raise NotFoundError(f"open_clip has no model '{model}'. {suggest(model, served)}")
     known = tags(model)
     for given in (weights, tag):
         if given is None or given == "random" or is_location(given) or given in known:
             continue
         raise NotFoundError(
-            f"open_clip has no weights '{given}' for '{model}'; {_near(given, known)} "
+            f"open_clip has no weights '{given}' for '{model}'. {suggest(given, known)} "
             "'@random' and '@file:PATH' work for every model."
         )
     if weights == "random":
@@ -101,12 +100,3 @@ def resolve(model: str, weights: str | None, tag: str | None) -> Weights:
             "'@random'."
         )
     return Weights("hub", chosen)
-
-
-def _near(word: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
-    if near:
-        return "did you mean " + " or ".join(f"'{name}'" for name in near) + "?"
-    if not known:
-        return "it has none."
-    return "known: " + ", ".join(f"'{name}'" for name in known[:12]) + (", …" if len(known) > 12 else "") + "."

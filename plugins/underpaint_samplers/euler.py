@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from underpaint import Sampler, VelocityField
 
+from underpaint import Sampler, VelocityField
 from underpaint_samplers.config import EulerConfig
 
 __all__ = ["Euler"]

@@ -42,9 +42,12 @@ def _crescent(x: Field, y: Field) -> Field:
 
 
 def _flower(x: Field, y: Field) -> Field:
-    edge: Field = 0.76 + 0.2 * np.cos(5 * np.arctan2(x, -y))
-    # A polar curve is nearer than it looks along the ray; its slope is at most about one in this one.
-    return (np.hypot(x, y) - edge) * 0.8
+    # Every petal is turned onto the first, a circle on the axis.
+    fifth = 2 * math.pi / 5
+    turn, radius = np.arctan2(x, -y) / fifth, np.hypot(x, y)
+    inside = (turn - np.round(turn)) * fifth
+    petal: Field = np.hypot(radius * np.cos(inside) - 0.56, radius * np.sin(inside)) - 0.39
+    return np.minimum(petal, radius - 0.45)
 
 
 def _polygon(points: list[tuple[float, float]], rounding: float = 0.05) -> Outline:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import attrs
 from attrs import validators as v
+
 from underpaint import ConfigError
 
 __all__ = ["SiTConfig"]

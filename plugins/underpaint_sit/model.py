@@ -7,8 +7,8 @@ from collections.abc import Collection
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from underpaint import Backbone, Condition, ConfigError, DataError, Prediction
 
+from underpaint import Backbone, Condition, ConfigError, DataError, Prediction
 from underpaint_sit.block import Block, modulate
 from underpaint_sit.config import SiTConfig
 from underpaint_sit.positions import grid_positions, time_sinusoids

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any, Literal
 
 import attrs
 import timm
 
-from underpaint import ConfigError, NotFoundError, is_location
+from underpaint import ConfigError, NotFoundError, is_location, suggest
 
 __all__ = ["Weights", "names", "resolve", "tags"]
 
@@ -82,7 +81,7 @@ def resolve(model: str, weights: str | None, tag: str | None) -> Weights:
 def _check_tag(model: str, tag: str | None, known: list[str]) -> None:
     if tag is not None and tag not in known:
         raise NotFoundError(
-            f"timm has no weights '{tag}' for '{model}'; {_near(tag, known)} "
+            f"timm has no weights '{tag}' for '{model}'. {suggest(tag, known)} "
             f"'@random' and '@file:PATH' work for every model."
         )
 
@@ -101,11 +100,4 @@ def _no_model(model: str, served: list[str]) -> str:
             f"timm's '{model}' is not a plain vision transformer for any image size, so it cannot be an encoder here; "
             f"the family serves {len(served)} others, such as 'timm/vit_base_patch14_dinov2'."
         )
-    return f"timm has no model '{model}'; {_near(model, served)}"
-
-
-def _near(word: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
-    if near:
-        return "did you mean " + " or ".join(f"'{name}'" for name in near) + "?"
-    return "known: " + ", ".join(f"'{name}'" for name in known[:12]) + (", …" if len(known) > 12 else "") + "."
+    return f"timm has no model '{model}'. {suggest(model, served)}"

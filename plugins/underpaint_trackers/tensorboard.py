@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
+
 from underpaint import Tracker
 
 __all__ = ["TensorBoard"]

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from underpaint import Tracker
 
+from underpaint import Tracker
 from underpaint_trackers.config import WandbConfig
 
 __all__ = ["WeightsAndBiases"]

@@ -67,7 +67,9 @@ def test_help_is_the_snapshot(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert capsys.readouterr().out == HELP
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["plugins", "list"], ["recipes", "list"], ["recipes", "show", "recipe:quickstart"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["plugins", "list"], ["recipes", "list"], ["recipes", "show", "recipe:quickstart"]]
+)
 def test_listing_imports_no_torch(arguments: list[str]) -> None:
     code = (
         "import sys\n"

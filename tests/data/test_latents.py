@@ -17,6 +17,7 @@ import attrs
 import numpy as np
 import pytest
 import torch
+
 from underpaint.data import latents as module
 from underpaint.data.latents import CacheIdentity, LatentCache, LatentCacheWriter
 from underpaint.errors import DataError

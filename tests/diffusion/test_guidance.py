@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+
 from underpaint import Backbone, Condition, ConfigError, Prediction
 from underpaint.config.schema import GuidanceConfig
 from underpaint.diffusion.guidance import guided_field

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import integrate, stats
+
 from underpaint.config.schema import TimeConfig
 from underpaint.diffusion.transport import interpolate, sample_time, shift_time, velocity_target
 

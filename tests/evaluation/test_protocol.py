@@ -9,6 +9,7 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from underpaint.errors import DataError, UnderpaintError
 from underpaint.evaluation.protocol import Number, compare, format_table, protocol_id, read_numbers, write_numbers
 

@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+
 import underpaint
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +40,9 @@ PUBLIC = [
     "PluginError",
     "Posterior",
     "Prediction",
+    "RecipeRegistrar",
     "Reconstruction",
+    "Registrar",
     "Sample",
     "Sampler",
     "StepTensors",
@@ -54,6 +57,7 @@ PUBLIC = [
     "load_weights",
     "plugins",
     "registry",
+    "suggest",
     "tensor_hash",
 ]
 """The public API. Whoever changes this list changes what third-party plugins rely on."""

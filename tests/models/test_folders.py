@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import underpaint
-from underpaint.errors import DataError, NotFoundError, PluginError
-from underpaint.models.build import build_generator_parts
 from underpaint.config.schema import DiffusionConfig
 from underpaint.config.structure import structure
+from underpaint.errors import DataError, NotFoundError, PluginError
+from underpaint.models.build import build_generator_parts
 from underpaint.models.folders import save_generator, save_tokenizer
 from underpaint.models.generator import Generator
 from underpaint.models.tokenizer import LatentStatistics, Tokenizer
@@ -170,5 +170,3 @@ def test_card_names_parts_and_licence(tmp_path: Path) -> None:
     assert card.startswith("---\n")
     assert "`aligntok/mlp`" in card
     assert "Apache-2.0" in card
-
-

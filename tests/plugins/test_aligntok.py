@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+
 import underpaint
 import underpaint_aligntok
-from torch import Tensor
 from underpaint import Adapter, ConfigError, DataError, Features, Loss, Posterior, StepTensors
 from underpaint.api import registry
 

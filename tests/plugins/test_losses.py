@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import underpaint
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 from torchmetrics.functional.image import lpips as torchmetrics_lpips
+
+import underpaint
 from underpaint import (
     ConfigError,
     DataError,

@@ -16,9 +16,10 @@ import scipy.linalg
 import scipy.ndimage
 import torch
 import torch.multiprocessing
-import underpaint
 from torch import nn
 from torchmetrics.functional.image import structural_similarity_index_measure
+
+import underpaint
 from underpaint import ConfigError, DataError, Encoder, EncoderInfo, Features
 from underpaint.registry.discovery import Switches
 from underpaint.registry.manager import PluginManager, manager, reset_manager
@@ -39,7 +40,7 @@ class FakeConfig:
 class FakeEncoder(Encoder):
     """Mean colour of the image's four quarters, mixed by a fixed random matrix."""
 
-    def __init__(self, config: FakeConfig, *, weights: str | None) -> None:
+    def __init__(self, config: FakeConfig, *, weights: str | None, load: bool = True) -> None:
         super().__init__()
         generator = None if config.seed is None else torch.Generator().manual_seed(config.seed)
         self.matrix = nn.Parameter(torch.randn(12, 8, generator=generator))

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-import underpaint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+import underpaint
 from underpaint import Backbone, Condition, ConfigError, Prediction, Sampler
 from underpaint.config.schema import GuidanceConfig
 from underpaint.diffusion.guidance import guided_field

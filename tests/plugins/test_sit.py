@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import underpaint
 from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+
+import underpaint
 from underpaint import Backbone, Condition, ConfigError, DataError
 from underpaint_sit.model import _image, _patches
 from underpaint_sit.positions import grid_positions, time_sinusoids

@@ -268,7 +268,7 @@ def test_every_model_runs_at_an_oblong_size() -> None:
         ("timm/vit_base_patch14_dino2@random", NotFoundError, "'vit_base_patch14_dinov2'"),
         ("timm/vit_base_patch14_dinov2.lvd142m", NotFoundError, "'timm/vit_base_patch14_dinov2@lvd142m'"),
         ("timm/resnet50@random", NotFoundError, "not a plain vision transformer"),
-        ("timm/vit_base_patch16_224@mea", NotFoundError, "did you mean 'mae'?"),
+        ("timm/vit_base_patch16_224@mea", NotFoundError, "Did you mean 'mae'?"),
         ("timm/vit_base_patch16_224@file:mae.safetensors", ConfigError, "'tag'"),
         ("timm/vit_tiny_patch16_18x2", NotFoundError, "no model"),
     ],

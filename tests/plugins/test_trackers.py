@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import underpaint
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import underpaint
 from underpaint import ConfigError, PluginError, Tracker
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)

@@ -7,6 +7,7 @@ from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
+
 from underpaint.report.curves import curve_svg
 
 

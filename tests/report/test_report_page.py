@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
 from underpaint.errors import NotFoundError
 from underpaint.evaluation.protocol import Number, write_numbers
 from underpaint.report.page import write_report

@@ -8,6 +8,7 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
+
 from underpaint.report.pictures import contact_sheet, data_uri, enlarge
 
 

@@ -138,7 +138,7 @@ def test_interrupted_training_goes_on_bit_by_bit(
 ) -> None:
     from underpaint.training import loop
 
-    class Cut(Exception):  # noqa: N818
+    class Cut(Exception):
         pass
 
     real = loop.train_loop

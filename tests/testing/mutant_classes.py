@@ -21,8 +21,8 @@ from underpaint import Condition, Features, Posterior, Prediction, Reconstructio
 class WrongChannels(Encoder):
     """Declares other channels."""
 
-    def __init__(self, config, *, weights):
-        super().__init__(config, weights=weights)
+    def __init__(self, config, *, weights, load=True):
+        super().__init__(config, weights=weights, load=load)
         self.info = attrs.evolve(self.info, channels=(8, 8))
 
 
@@ -69,8 +69,8 @@ class NormalisedTwice(Encoder):
 class WrongMean(Encoder):
     """Declares the mean of another model."""
 
-    def __init__(self, config, *, weights):
-        super().__init__(config, weights=weights)
+    def __init__(self, config, *, weights, load=True):
+        super().__init__(config, weights=weights, load=load)
         self.info = attrs.evolve(self.info, mean=(0.5, 0.5, 0.5))
 
 
@@ -105,8 +105,8 @@ class OtherDevice(Encoder):
 class Counts(Encoder):
     """Counts its calls in a buffer."""
 
-    def __init__(self, config, *, weights):
-        super().__init__(config, weights=weights)
+    def __init__(self, config, *, weights, load=True):
+        super().__init__(config, weights=weights, load=load)
         self.register_buffer("calls", torch.zeros(()))
 
     def forward(self, images):
@@ -117,8 +117,8 @@ class Counts(Encoder):
 class HiddenWeight(Encoder):
     """Has a random weight that the state dict does not."""
 
-    def __init__(self, config, *, weights):
-        super().__init__(config, weights=weights)
+    def __init__(self, config, *, weights, load=True):
+        super().__init__(config, weights=weights, load=load)
         self.register_buffer("hidden", torch.randn(config.width, 1, 1), persistent=False)
 
     def forward(self, images):
@@ -128,8 +128,8 @@ class HiddenWeight(Encoder):
 class Unpicklable(Encoder):
     """Holds a lambda."""
 
-    def __init__(self, config, *, weights):
-        super().__init__(config, weights=weights)
+    def __init__(self, config, *, weights, load=True):
+        super().__init__(config, weights=weights, load=load)
         self.act = lambda x: x
 
 
@@ -144,16 +144,16 @@ class NoGradient(Encoder):
 class FrozenWhenMade(Encoder):
     """Freezes itself."""
 
-    def __init__(self, config, *, weights):
-        super().__init__(config, weights=weights)
+    def __init__(self, config, *, weights, load=True):
+        super().__init__(config, weights=weights, load=load)
         self.requires_grad_(False)
 
 
 class NoLicence(Encoder):
     """States no licence."""
 
-    def __init__(self, config, *, weights):
-        super().__init__(config, weights=weights)
+    def __init__(self, config, *, weights, load=True):
+        super().__init__(config, weights=weights, load=load)
         self.info = attrs.evolve(self.info, licence=" ")
 
 
@@ -175,8 +175,8 @@ class AnySize(Encoder):
 class ReadsValues(Encoder):
     """Looks at a weight while it is made."""
 
-    def __init__(self, config, *, weights):
-        super().__init__(config, weights=weights)
+    def __init__(self, config, *, weights, load=True):
+        super().__init__(config, weights=weights, load=load)
         self.scale = float(self.patches.weight.abs().max())
 
 

@@ -51,7 +51,7 @@ def __getattr__(name):
 
     class Model(Midpoint):
         """Takes weights."""
-        def __init__(self, config, *, model, weights):
+        def __init__(self, config, *, model, weights, load=True):
             super().__init__(config)
             if weights is None:
                 raise RuntimeError("no weights were named")

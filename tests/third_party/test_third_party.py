@@ -10,6 +10,7 @@ import venv
 from pathlib import Path
 
 import pytest
+import yaml
 
 PACKAGE = Path(__file__).parent / "underpaint-blocks"
 
@@ -30,6 +31,21 @@ try:
 except PluginError as error:
     print(error)
 """
+
+
+RECIPE = {
+    "name": "blocks",
+    "data": {"train": {"name": "scenes/shapes", "length": 40, "size": 32}, "size": 32, "workers": 0, "holdout": 0.2},
+    "tokenizer": {
+        "encoder": {"name": "blocks/conv", "width": 8},
+        "adapter": "aligntok/mlp",
+        "decoder": {"name": "ldm/decoder", "base": 8, "blocks": 1, "multipliers": [1, 1, 1, 2]},
+        "latent_channels": 4,
+    },
+    "stages": [{"name": "align", "trains": ["adapter", "decoder"], "losses": ["l1"], "steps": 2, "batch": 8}],
+    "evaluation": {"images": 4, "batch": 4, "show": 4, "reconstruction": ["psnr", "mae"]},
+    "engine": {"device": "cpu"},
+}
 
 
 class Environment:
@@ -99,7 +115,13 @@ def test_life_of_a_plugin(environment: Environment) -> None:
     assert {result["component"] for result in outcome["results"]} == {"encoder:blocks/conv", "metric:mae"}
     assert {result["status"] for result in outcome["results"]} <= {"passed", "skipped"}
 
-    # Training with the plugin's encoder and metric belongs here, as `underpaint train` with a tiny recipe.
+    recipe = environment.folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(RECIPE))
+    environment.underpaint("train", str(recipe), "--out", "run")
+    numbers = json.loads((environment.folder / "run" / "report" / "numbers.json").read_text())
+    assert "mae after align" in json.dumps(numbers)
+    trained = 'import underpaint; print(underpaint.load("run").encoder.spec.name)'
+    assert environment.run("-c", trained).strip() == "blocks/conv"
 
     spec = json.loads(environment.run("-c", SAVE))
     assert spec["plugin"] == "blocks"
@@ -108,6 +130,8 @@ def test_life_of_a_plugin(environment: Environment) -> None:
 
     environment.uninstall()
     assert "blocks" not in _names(environment)
+    refused = environment.underpaint("reconstruct", "run", "--data", "none", "--out", "x.png", status=2)
+    assert refused == ""
     assert environment.run("-c", LOAD, json.dumps(spec)).strip() == (
         "The encoder 'blocks/conv' was made with plugin 'blocks' of 'underpaint-blocks 0.1.0', which is not "
         "installed; pip install 'underpaint-blocks'"

@@ -30,6 +30,8 @@ __all__ = [
 _positive: Any = v.gt(0)
 _not_negative: Any = v.ge(0)
 _fraction = v.and_(v.ge(0.0), v.le(1.0))
+_optional_positive: Any = v.optional(_positive)
+_decay: Any = v.optional(v.and_(v.ge(0.0), v.lt(1.0)))
 
 
 def _flat(value: Any, path: str, reserved: tuple[str, ...]) -> Any:
@@ -165,7 +167,7 @@ class OptimizerConfig:
     warmup: int = attrs.field(default=0, validator=_not_negative)
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     final: float = attrs.field(default=0.1, validator=_fraction)
-    clip: float | None = attrs.field(default=1.0, validator=v.optional(_positive))
+    clip: float | None = attrs.field(default=1.0, validator=_optional_positive)
 
 
 @attrs.frozen(kw_only=True)
@@ -189,7 +191,7 @@ class StageConfig:
     steps: int = attrs.field(validator=_positive)
     batch: int = attrs.field(default=256, validator=_positive)
     optimizer: OptimizerConfig = attrs.field(factory=OptimizerConfig)
-    ema: float | None = attrs.field(default=0.999, validator=v.optional(v.and_(v.ge(0.0), v.lt(1.0))))
+    ema: float | None = attrs.field(default=0.999, validator=_decay)
     teacher: str | None = None
 
 
@@ -249,7 +251,7 @@ class DiffusionConfig:
     steps: int = attrs.field(validator=_positive)
     batch: int = attrs.field(default=256, validator=_positive)
     optimizer: OptimizerConfig = attrs.field(factory=OptimizerConfig)
-    ema: float | None = attrs.field(default=0.9999, validator=v.optional(v.and_(v.ge(0.0), v.lt(1.0))))
+    ema: float | None = attrs.field(default=0.9999, validator=_decay)
     time: TimeConfig = attrs.field(factory=TimeConfig)
     dropout: float = attrs.field(default=0.1, validator=_fraction)
 
@@ -265,7 +267,7 @@ class GuidanceConfig:
     """
 
     scale: float = attrs.field(default=1.0, validator=_not_negative)
-    channels: int | None = attrs.field(default=None, validator=v.optional(_positive))
+    channels: int | None = attrs.field(default=None, validator=_optional_positive)
     interval: tuple[float, float] = (0.0, 1.0)
 
     def __attrs_post_init__(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 import multiprocessing
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -99,8 +100,8 @@ class ImageLoader:
         workers: Reading processes; 0 reads in this one.
         start_step: Steps already done.
         accumulation: Micro-batches that `Batch.split` will be asked for.
-        max_broken: Share of broken samples, of this rank's reads, above which reading stops; judged from 100
-            reads on.
+        max_broken: Share of broken samples, of this rank's reads, above which reading stops: judged from 100
+            reads on, when chance no longer explains the excess (three standard deviations).
 
     Raises:
         ConfigError: The batch cannot be divided.
@@ -183,8 +184,8 @@ class ImagePass:
         rank: This process.
         world_size: Number of processes.
         workers: Reading processes; 0 reads in this one.
-        max_broken: Share of broken samples, of this rank's reads, above which reading stops; judged from 100
-            reads on.
+        max_broken: Share of broken samples, of this rank's reads, above which reading stops: judged from 100
+            reads on, when chance no longer explains the excess (three standard deviations).
 
     Raises:
         DataError: There are no samples. While iterating: too many are broken, or a worker died.
@@ -356,12 +357,17 @@ class _Ledger:
                 logger.warning("broken sample left out: %s%s", name, last)
         if read.error is not None:
             raise read.error
-        if read.exhausted or (self.reads >= _MIN_READS and self.broken > self.limit * self.reads):
+        if read.exhausted or (self.reads >= _MIN_READS and self.broken > self._allowed()):
             raise self._too_many()
+
+    def _allowed(self) -> float:
+        # Three standard deviations above the limit, or a data set well below it would be stopped by an unlucky start.
+        expected = self.limit * self.reads
+        return expected + 3.0 * math.sqrt(expected * (1.0 - self.limit))
 
     def finish(self) -> None:
         """Judge a pass as a whole: one without a single good sample has failed, however short."""
-        if self.broken == self.reads:
+        if self.reads and self.broken == self.reads:
             raise self._too_many()
         if self.broken:
             logger.warning("%d of %d samples were broken and left out", self.broken, self.reads)

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import attrs
 import fsspec
 import torch
 from safetensors.torch import load as load_tensors
@@ -209,15 +208,7 @@ class _Place:
 def _build(plain: Mapping[str, Any]) -> Any:
     """Make a component again from its saved spec, without its initial weights."""
     fields = {key: value for key, value in plain.items() if key not in ("licence", "source")}
-    spec = structure(fields, ComponentSpec, "components")
-    component = manager().catalogue.create_from_spec(spec)
-    if isinstance(component, Encoder):
-        component.info = attrs.evolve(
-            component.info,
-            licence=plain.get("licence", component.info.licence),
-            source=plain.get("source", component.info.source),
-        )
-    return component
+    return manager().create_from_spec(structure(fields, ComponentSpec, "components"))
 
 
 def _tokenizer(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> Tokenizer:

@@ -209,13 +209,13 @@ class Catalogue:
         """
         resolved = self.resolve(kind, text)
         context = {key: options.pop(key) for key in list(options) if key in CONTEXT[kind]}
-        return self._make(resolved, resolved.name.weights, options, context)
+        return self._make(resolved, options, context, load=True)
 
     def create_from_spec(self, spec: ComponentSpec, /, **override: Any) -> Component:
         """Make a component again from its saved spec, to load a state dict into.
 
-        Where a name takes weights, the component starts from random ones: its saved state replaces them, and
-        nothing is downloaded. Its own `spec` is the saved one.
+        A component that takes weights is told not to load them: its saved state replaces them, and nothing is
+        downloaded. Its own `spec` is the saved one.
 
         Args:
             spec: The saved spec.
@@ -233,13 +233,10 @@ class Catalogue:
         saved = {key: tuple(value) if isinstance(value, list) else value for key, value in spec.context.items()}
         changed = {key: value for key, value in override.items() if key in CONTEXT[spec.kind]}
         options = {**spec.options, **{key: value for key, value in override.items() if key not in changed}}
-        weights = "random" if resolved.registration.takes_weights else None
-        component = self._make(resolved, weights, options, {**saved, **changed})
-        component.spec = attrs.evolve(component.spec, name=spec.name)
-        return component
+        return self._make(resolved, options, {**saved, **changed}, load=False)
 
     def _make(
-        self, resolved: Resolved, weights: str | None, options: Mapping[str, Any], context: Mapping[str, Any]
+        self, resolved: Resolved, options: Mapping[str, Any], context: Mapping[str, Any], *, load: bool
     ) -> Component:
         from underpaint.interfaces.component import ComponentSpec
 
@@ -251,7 +248,7 @@ class Catalogue:
         if registration.is_family:
             keywords["model"] = name.model
         if registration.takes_weights:
-            keywords["weights"] = weights
+            keywords |= {"weights": name.weights, "load": load}
         arguments = () if config is None else (config,)
         _check_call(registration, target, arguments, keywords)
         try:

@@ -26,7 +26,9 @@ class Registration:
         config: attrs class of its options as ``"package.module:Class"``, in a module that imports no
             torch; None when it has no options.
         options: Options preset by this name; the user's own win.
-        takes_weights: Whether the name may carry ``@weights``.
+        takes_weights: Whether the name may carry ``@weights``. The target then takes the keywords ``weights`` (what
+            follows ``@``, or None) and ``load``; with ``load=False`` it is built for those weights without reading
+            them, because a saved state follows.
         models: ``"package.module:function"`` that lists the models of a family; it may import the library.
         examples: Names for tests that stand for a family.
         tiny: Options that make it small enough for a conformance test on a CPU.

@@ -71,9 +71,7 @@ class RunFolder:
         if not self.config.exists():
             strange = [path.name for path in self.root.iterdir() if not path.name.startswith((".", "run.lock"))]
             if strange:
-                raise ConfigError(
-                    f"'{self.root}' holds '{sorted(strange)[0]}' and no run; choose another --out."
-                )
+                raise ConfigError(f"'{self.root}' holds '{sorted(strange)[0]}' and no run; choose another --out.")
             write_atomically(self.config, dump_recipe(recipe))
             return
         before = plain_recipe(recipe_from_plain(read_yaml(self.config)))
