@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import posixpath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -65,14 +66,27 @@ def _find(fs: Any, root: str, extensions: tuple[str, ...], path: str) -> dict[st
         what = "is a file" if fs.exists(root) else "does not exist"
         raise DataError(f"The folder of images '{path}' {what}; give a folder.")
     found = {}
+    folders = [""]
     try:
-        for folder, _, files in fs.walk(root, detail=True, on_error="raise"):
-            inside = posixpath.relpath(str(folder), root)
-            for name, info in files.items():
-                if name.lower().endswith(extensions) and not name.startswith("."):
-                    found[name if inside == "." else f"{inside}/{name}"] = int(info["size"])
+        while folders:
+            inside = folders.pop()
+            for entry in fs.ls(f"{root}/{inside}".rstrip("/"), detail=True):
+                path_here = str(entry["name"]).rstrip("/")
+                name = posixpath.basename(path_here)
+                if name.startswith("."):
+                    continue
+                if entry["type"] == "directory" or (entry.get("islink") and _leads_on(path_here)):
+                    folders.append(f"{inside}{name}/")
+                elif name.lower().endswith(extensions):
+                    found[f"{inside}{name}"] = int(entry["size"])
     except OSError as error:
         raise DataError(f"The folder of images '{path}' cannot be listed: {error}.") from error
     if not found:
         raise DataError(f"There are no images ({', '.join(extensions)}) in '{path}'; check the path.")
     return found
+
+
+def _leads_on(link: str) -> bool:
+    """Whether a link is one to a folder that it is not itself in; following those would never end."""
+    path = Path(link)
+    return path.is_dir() and not path.parent.resolve().is_relative_to(path.resolve())

@@ -16,7 +16,16 @@ _BLOCK = 512
 
 
 class TruncatedTarError(Exception):
-    """The file ends before the archive does; says where."""
+    """The file ends before the archive does.
+
+    Args:
+        problem: Where it ends.
+        member: The member that is incomplete, or an empty string when it ends between two.
+    """
+
+    def __init__(self, problem: str, member: str = "") -> None:
+        super().__init__(problem)
+        self.member = member
 
 
 @attrs.frozen
@@ -72,7 +81,8 @@ def members(file: Any, total: int) -> Iterator[Member]:
         start = offset + _BLOCK
         offset = start + -(-info.size // _BLOCK) * _BLOCK
         if start + info.size > total:
-            raise TruncatedTarError(f"ends within member '{long_name or info.name}'")
+            name = long_name or info.name
+            raise TruncatedTarError(f"ends within member '{name}'", name)
         if info.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
             long_name = _pax_path(file.read(info.size)) or long_name
         elif info.type == tarfile.GNUTYPE_LONGNAME:

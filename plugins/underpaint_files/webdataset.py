@@ -141,9 +141,7 @@ class _Index:
         label = -1
         try:
             for member in members(file, size):
-                folder, _, name = member.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                key, kind = f"{folder}/{stem}".lstrip("./"), extension.lower()
+                key, kind = _key_and_kind(member.name)
                 if key != current:
                     self._add(number, path, current, parts, label)
                     current, parts, label = key, {}, -1
@@ -157,6 +155,8 @@ class _Index:
                     label = _label(member.read(), key, path)
             self._add(number, path, current, parts, label)
         except TruncatedTarError as error:
+            if error.member and _key_and_kind(error.member)[0] != current:
+                self._add(number, path, current, parts, label)
             raise DataError(
                 f"'{path}' {error}; {len(self.keys) - first} samples before that are readable; copy the file anew."
             ) from error
@@ -169,6 +169,13 @@ class _Index:
         self.labels.append(label)
         self.captions.extend(parts.get("txt", (-1, -1)))
         self.details.extend(parts.get("json", (-1, -1)))
+
+
+def _key_and_kind(name: str) -> tuple[str, str]:
+    """Split a member's name at the first dot of its last part, as WebDataset does."""
+    folder, _, file = name.rpartition("/")
+    stem, _, extension = file.partition(".")
+    return f"{folder}/{stem}".removeprefix(".").lstrip("/"), extension.lower()
 
 
 def _label(data: bytes, key: str, path: str) -> int:

@@ -43,6 +43,21 @@ def test_folders_named_train_and_val(tmp_path, held):
     assert guessed.validation == config("files/folder", path=f"{tmp_path}/{held}")
 
 
+def test_links_to_folders_are_folders(tmp_path):
+    for part in ("train", "val"):
+        picture(tmp_path / "elsewhere" / part / "a.png")
+        (tmp_path / "here" / "loop").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "here" / part).symlink_to(tmp_path / "elsewhere" / part)
+    guessed = guess_dataset(str(tmp_path / "here"))
+    assert guessed.validation == config("files/folder", path=f"{tmp_path}/here/val")
+
+
+def test_links_in_circles_hold_no_images(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path)
+    with pytest.raises(DataError, match="holds only loop"):
+        guess_dataset(str(tmp_path))
+
+
 @pytest.mark.parametrize(("kind", "name"), [("parquet", "files/parquet"), ("tar", "files/webdataset")])
 def test_single_files(tmp_path, kind, name):
     place(f"{{{kind}}}", tmp_path)

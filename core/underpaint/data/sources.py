@@ -25,6 +25,8 @@ _SHARDS = {".parquet": "files/parquet", ".tar": "files/webdataset"}
 _SPLIT = re.compile(r"(?:^|[-_.])(train|validation|valid|val|test)(?=[-_.]|$)")
 _HELD_OUT = ("validation", "valid", "val", "test")
 _HOLDOUT_SEED = 20_250_101
+_SEARCHED = 10_000
+"""Folders without an image that are looked into; links that lead in circles end there."""
 
 
 @attrs.frozen(kw_only=True)
@@ -105,14 +107,12 @@ def guess_dataset(path: str) -> GuessedData:
             return GuessedData(train=ComponentConfig(name=_SHARDS[suffix], options={"path": path}))
         hint = " Give the folder that it is in." if suffix in _IMAGES else ""
         raise DataError(f"'{path}' is neither a .parquet nor a .tar file.{hint}")
-    entries = sorted(fs.ls(root, detail=True), key=lambda entry: str(entry["name"]))
-    files = [_name(entry) for entry in entries if entry["type"] == "file"]
-    folders = [_name(entry) for entry in entries if entry["type"] == "directory"]
+    files, folders = _list(fs, root)
     for suffix in _SHARDS:
         if any(name.endswith(suffix) for name in files):
             return _shards(path, files, suffix)
     if "data" in folders:
-        inner = [_name(entry) for entry in fs.ls(f"{root}/data", detail=True) if entry["type"] == "file"]
+        inner, _ = _list(fs, f"{root}/data")
         if any(name.endswith(".parquet") for name in inner):
             return _shards(f"{path.rstrip('/')}/data", inner, ".parquet")
     if _has_images(fs, root):
@@ -121,8 +121,14 @@ def guess_dataset(path: str) -> GuessedData:
     raise DataError(f"The folder '{path}' {found}; it should hold images, class folders, .parquet or .tar files.")
 
 
-def _name(entry: dict[str, Any]) -> str:
-    return posixpath.basename(str(entry["name"]).rstrip("/"))
+def _list(fs: Any, folder: str) -> tuple[list[str], list[str]]:
+    """Return the names of a folder's files and of its subfolders, sorted."""
+    names: tuple[list[str], list[str]] = ([], [])
+    for entry in fs.ls(folder, detail=True):
+        path = str(entry["name"]).rstrip("/")
+        is_folder = entry["type"] == "directory" or (entry.get("islink", False) and fs.isdir(path))
+        names[is_folder].append(posixpath.basename(path))
+    return sorted(names[0]), sorted(names[1])
 
 
 def _shards(path: str, files: Iterable[str], suffix: str) -> GuessedData:
@@ -154,8 +160,13 @@ def _folders(path: str, folders: list[str]) -> GuessedData:
 
 
 def _has_images(fs: Any, root: str) -> bool:
-    return any(
-        name.lower().endswith(_IMAGES) and not name.startswith(".")
-        for _, _, files in fs.walk(root, topdown=True)
-        for name in files
-    )
+    folders = [root]
+    for _ in range(_SEARCHED):
+        if not folders:
+            break
+        folder = folders.pop()
+        files, inner = _list(fs, folder)
+        if any(name.lower().endswith(_IMAGES) and not name.startswith(".") for name in files):
+            return True
+        folders += [f"{folder}/{name}" for name in reversed(inner) if not name.startswith(".")]
+    return False

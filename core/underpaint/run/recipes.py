@@ -8,8 +8,7 @@ from typing import Any
 from underpaint.config.recipe import apply_overrides, read_yaml, recipe_from_plain
 from underpaint.config.schema import ComponentConfig, LossConfig, Recipe
 from underpaint.errors import ConfigError, NotFoundError
-from underpaint.registry.discovery import Switches
-from underpaint.registry.manager import PluginManager, manager, reset_manager
+from underpaint.registry.manager import manager
 
 __all__ = ["check_recipe", "load_recipe", "read_recipe"]
 
@@ -53,8 +52,9 @@ def check_recipe(recipe: Recipe) -> None:
         ConfigError: An option is wrong.
         PluginError: A plugin that the recipe asks for is missing or broken.
     """
-    _load_plugins(recipe.plugins)
     plugins = manager()
+    for name in recipe.plugins:
+        plugins.require(name)
     for kind, config, path in _components(recipe):
         try:
             plugins.catalogue.config(kind, config.name, config.options, path)
@@ -63,22 +63,6 @@ def check_recipe(recipe: Recipe) -> None:
         except ConfigError as error:
             text = str(error)
             raise ConfigError(text if text.startswith(path) else f"{path}: {text}") from None
-
-
-def _load_plugins(wanted: Sequence[str]) -> None:
-    import os
-
-    known = {record.name for record in manager().records}
-    extra = [text for text in wanted if text not in known and text not in manager().switches.extra]
-    if extra:
-        # Through the environment, so that worker processes and other ranks load the same files.
-        present = [text for text in os.environ.get("UNDERPAINT_LOAD_PLUGINS", "").split(",") if text]
-        os.environ["UNDERPAINT_LOAD_PLUGINS"] = ",".join([*present, *extra])
-        reset_manager(PluginManager(Switches.from_environment()))
-    for text in wanted:
-        found = [record for record in manager().records if text in (record.name, record.origin)]
-        stem = text.removesuffix(".py").rpartition("/")[2] if text.endswith(".py") else text
-        manager().require(found[0].name if found else stem)
 
 
 def _components(recipe: Recipe) -> Iterator[tuple[str, ComponentConfig | LossConfig, str]]:
