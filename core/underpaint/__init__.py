@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from underpaint.interfaces.metric import Metric
     from underpaint.interfaces.sampler import Sampler, VelocityField
     from underpaint.interfaces.tracker import Tracker
-    from underpaint.registry.registrar import RecipeRegistrar, Registrar
+    from underpaint.registration.registrar import RecipeRegistrar, Registrar
     from underpaint.weights import is_location, load_weights, tensor_hash
 
 _HOME = {
@@ -58,9 +58,9 @@ _HOME = {
     "PluginError": "errors",
     "Posterior": "interfaces.adapter",
     "Prediction": "interfaces.backbone",
-    "RecipeRegistrar": "registry.registrar",
+    "RecipeRegistrar": "registration.registrar",
     "Reconstruction": "interfaces.decoder",
-    "Registrar": "registry.registrar",
+    "Registrar": "registration.registrar",
     "Sample": "interfaces.dataset",
     "Sampler": "interfaces.sampler",
     "StepTensors": "interfaces.loss",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from underpaint.registry.catalogue import Catalogue
-from underpaint.registry.manager import PluginRecord, manager
+from underpaint.registration.catalogue import Catalogue
+from underpaint.registration.manager import PluginRecord, manager
 
 if TYPE_CHECKING:
     from underpaint.interfaces.adapter import Adapter

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from underpaint.registry.registrar import RecipeRegistrar, Registrar
+    from underpaint.registration.registrar import RecipeRegistrar, Registrar
 
 __all__ = ["API_VERSION", "hookimpl", "hookspec"]
 

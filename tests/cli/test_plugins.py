@@ -14,9 +14,9 @@ from click.testing import CliRunner, Result
 from underpaint.cli.output import print_json, print_table
 from underpaint.cli.plugins import plugins_group
 from underpaint.errors import ConfigError, NotFoundError, PluginError
-from underpaint.registry.discovery import Switches
-from underpaint.registry.manager import PluginManager, PluginWarning, reset_manager
-from underpaint.registry.names import KINDS
+from underpaint.registration.discovery import Switches
+from underpaint.registration.manager import PluginManager, PluginWarning, reset_manager
+from underpaint.registration.names import KINDS
 
 FILE = '''
 import underpaint

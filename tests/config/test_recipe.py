@@ -16,7 +16,7 @@ from underpaint.config.recipe import (
     write_atomically,
 )
 from underpaint.errors import ConfigError, NotFoundError
-from underpaint.registry.manager import manager
+from underpaint.registration.manager import manager
 from underpaint.run.recipes import check_recipe, load_recipe
 
 SHIPPED = [registration.name for registration in manager().catalogue.recipes()]

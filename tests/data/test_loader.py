@@ -371,8 +371,8 @@ def register_datasets(register):
 
 @pytest.mark.slow
 def test_workers_know_data_sets_of_single_file_plugins(tmp_path):
-    from underpaint.registry.discovery import Switches
-    from underpaint.registry.manager import PluginManager, reset_manager
+    from underpaint.registration.discovery import Switches
+    from underpaint.registration.manager import PluginManager, reset_manager
 
     path = tmp_path / "grey_plugin.py"
     path.write_text(PLUGIN)

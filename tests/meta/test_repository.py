@@ -164,9 +164,9 @@ def test_unknown_names_are_refused():
 IMPORTS = """
 import importlib, sys
 import underpaint, underpaint.api
-from underpaint.registry.discovery import Switches
-from underpaint.registry.manager import PluginManager
-from underpaint.registry.registrar import load_target
+from underpaint.registration.discovery import Switches
+from underpaint.registration.manager import PluginManager
+from underpaint.registration.registrar import load_target
 
 def check(after):
     heavy = {"torch", "numpy", "timm", "open_clip", "deepspeed", "cleanfid"} & set(sys.modules)

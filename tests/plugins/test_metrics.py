@@ -21,9 +21,9 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 import underpaint
 from underpaint import ConfigError, DataError, Encoder, EncoderInfo, Features
-from underpaint.registry.discovery import Switches
-from underpaint.registry.manager import PluginManager, manager, reset_manager
-from underpaint.registry.registrar import Registration
+from underpaint.registration.discovery import Switches
+from underpaint.registration.manager import PluginManager, manager, reset_manager
+from underpaint.registration.registrar import Registration
 from underpaint_metrics.config import INCEPTION_FILE
 from underpaint_metrics.gaussian import Gaussian, fit, frechet_distance
 from underpaint_metrics.images import to_levels

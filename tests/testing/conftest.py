@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from underpaint.cli.skeleton import write_skeleton
-from underpaint.registry.discovery import Switches
-from underpaint.registry.manager import PluginManager, reset_manager
-from underpaint.registry.names import KINDS
+from underpaint.registration.discovery import Switches
+from underpaint.registration.manager import PluginManager, reset_manager
+from underpaint.registration.names import KINDS
 
 HERE = Path(__file__).parent
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from underpaint.errors import ConfigError, NotFoundError, PluginError
-from underpaint.registry.discovery import Switches
-from underpaint.registry.manager import PluginManager, PluginWarning, reset_manager
-from underpaint.registry.names import KINDS
+from underpaint.registration.discovery import Switches
+from underpaint.registration.manager import PluginManager, PluginWarning, reset_manager
+from underpaint.registration.names import KINDS
 from underpaint.testing import KIT_VERSION, cases, check_component, checks, parametrize
 
 PLUGIN = '''

@@ -3,8 +3,8 @@
 import pytest
 
 from tests.testing.mutants import MUTANTS
-from underpaint.registry.manager import PluginManager
-from underpaint.registry.names import KINDS
+from underpaint.registration.manager import PluginManager
+from underpaint.registration.names import KINDS
 from underpaint.testing import check_component, checks
 
 GOOD = {

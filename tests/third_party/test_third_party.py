@@ -24,7 +24,7 @@ print(json.dumps(attrs.asdict(encoder.spec)))
 LOAD = """
 import json, sys
 from underpaint import ComponentSpec, PluginError
-from underpaint.registry.manager import manager
+from underpaint.registration.manager import manager
 try:
     encoder = manager().create_from_spec(ComponentSpec(**json.loads(sys.argv[1])))
     print(encoder.info.channels)

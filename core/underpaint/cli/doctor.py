@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from underpaint.cli.output import print_json, print_table
-from underpaint.registry.manager import manager
+from underpaint.registration.manager import manager
 
 __all__ = ["doctor"]
 

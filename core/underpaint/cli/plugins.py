@@ -17,9 +17,9 @@ import click
 
 from underpaint.cli.output import print_json, print_table
 from underpaint.errors import ConfigError, NotFoundError, PluginError, suggest
-from underpaint.registry.manager import PluginManager, PluginRecord, PluginWarning, manager
-from underpaint.registry.names import KINDS
-from underpaint.registry.registrar import Registration, load_target
+from underpaint.registration.manager import PluginManager, PluginRecord, PluginWarning, manager
+from underpaint.registration.names import KINDS
+from underpaint.registration.registrar import Registration, load_target
 
 if TYPE_CHECKING:
     from underpaint.testing import CheckResult

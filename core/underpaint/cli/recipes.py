@@ -6,7 +6,7 @@ import click
 
 from underpaint.cli.output import print_json, print_table
 from underpaint.config.recipe import dump_recipe, plain_recipe
-from underpaint.registry.manager import manager
+from underpaint.registration.manager import manager
 from underpaint.run.recipes import PREFIX, load_recipe
 
 __all__ = ["recipes"]

@@ -12,7 +12,7 @@ from typing import Any
 import attrs
 
 from underpaint.errors import ConfigError, suggest
-from underpaint.registry.names import KINDS
+from underpaint.registration.names import KINDS
 
 __all__ = ["write_skeleton"]
 

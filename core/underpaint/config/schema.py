@@ -90,8 +90,8 @@ class DataConfig:
 
     Attributes:
         train: Data set to train on.
-        validation: Data set to measure on; None holds out the last `holdout` of the training set.
-        holdout: Share of the training set that is measured on, when `validation` is None.
+        validation: Data set to measure on; None holds out a share of the training set.
+        holdout: That share: a fixed random draw from all classes.
         size: Side of the square crop in pixels, or height and width.
         crop: Where the crop is taken after the short side was resized.
         flip: Flip half of the training images horizontally.

@@ -6,7 +6,7 @@ import pickle
 from typing import Any
 
 from underpaint.interfaces.dataset import Dataset
-from underpaint.registry.manager import PluginManager, manager, reset_manager
+from underpaint.registration.manager import PluginManager, manager, reset_manager
 
 __all__ = ["Shipped"]
 

@@ -16,7 +16,7 @@ from underpaint.config.schema import ComponentConfig
 from underpaint.data.order import Order
 from underpaint.errors import DataError
 from underpaint.interfaces.dataset import Dataset
-from underpaint.registry.manager import manager
+from underpaint.registration.manager import manager
 
 __all__ = ["GuessedData", "guess_dataset", "open_dataset", "split"]
 

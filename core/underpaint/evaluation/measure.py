@@ -18,7 +18,7 @@ from underpaint.evaluation.protocol import Number
 from underpaint.interfaces.metric import Metric
 from underpaint.models.generator import Generator, SamplingSettings
 from underpaint.models.tokenizer import Tokenizer
-from underpaint.registry.manager import manager
+from underpaint.registration.manager import manager
 
 __all__ = ["Shown", "make_metrics", "measure_generation", "measure_reconstruction"]
 

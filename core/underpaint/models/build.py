@@ -13,7 +13,7 @@ from underpaint.interfaces.decoder import Decoder
 from underpaint.interfaces.encoder import Encoder
 from underpaint.models.folders import load_folder
 from underpaint.models.tokenizer import Tokenizer
-from underpaint.registry.manager import manager
+from underpaint.registration.manager import manager
 
 __all__ = ["build_generator_parts", "build_tokenizer", "load_tokenizer"]
 

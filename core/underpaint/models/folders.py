@@ -23,7 +23,7 @@ from underpaint.interfaces.component import ComponentSpec
 from underpaint.interfaces.encoder import Encoder
 from underpaint.models.generator import Generator, SamplingSettings
 from underpaint.models.tokenizer import LatentStatistics, Tokenizer
-from underpaint.registry.manager import manager
+from underpaint.registration.manager import manager
 
 __all__ = ["FORMAT", "copy_generator", "copy_tokenizer", "load_folder", "save_generator", "save_tokenizer"]
 

@@ -15,7 +15,7 @@ from underpaint.errors import DataError
 from underpaint.interfaces.backbone import Backbone
 from underpaint.interfaces.conditioner import Conditioner
 from underpaint.models.tokenizer import Tokenizer
-from underpaint.registry.manager import manager
+from underpaint.registration.manager import manager
 
 __all__ = ["Generator", "SamplingSettings"]
 

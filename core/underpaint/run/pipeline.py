@@ -24,7 +24,7 @@ from underpaint.models.build import build_tokenizer, load_tokenizer
 from underpaint.models.folders import load_folder, save_tokenizer
 from underpaint.models.generator import Generator
 from underpaint.models.tokenizer import Tokenizer
-from underpaint.registry.manager import manager
+from underpaint.registration.manager import manager
 from underpaint.run import provenance
 from underpaint.run.data import RunData, build_cache, cache_statistics, open_run_data
 from underpaint.run.folder import RunFolder

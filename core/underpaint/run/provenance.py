@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from underpaint.config.recipe import write_atomically
-from underpaint.registry.manager import manager
+from underpaint.registration.manager import manager
 
 __all__ = ["git_state", "record_start", "update"]
 

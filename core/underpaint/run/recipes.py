@@ -8,7 +8,7 @@ from typing import Any
 from underpaint.config.recipe import apply_overrides, read_yaml, recipe_from_plain
 from underpaint.config.schema import ComponentConfig, LossConfig, Recipe
 from underpaint.errors import ConfigError, NotFoundError
-from underpaint.registry.manager import manager
+from underpaint.registration.manager import manager
 
 __all__ = ["check_recipe", "load_recipe", "read_recipe"]
 

@@ -17,7 +17,7 @@ from underpaint.models.build import build_generator_parts, load_tokenizer
 from underpaint.models.folders import copy_generator, copy_tokenizer, save_generator, save_tokenizer
 from underpaint.models.generator import Generator, SamplingSettings
 from underpaint.models.tokenizer import Tokenizer
-from underpaint.registry.manager import manager
+from underpaint.registration.manager import manager
 from underpaint.run.data import RunData
 from underpaint.run.folder import RunFolder
 from underpaint.training.checkpoint import CheckpointStore

@@ -10,7 +10,7 @@ from torch import Tensor
 from underpaint.errors import UnderpaintError
 from underpaint.interfaces.backbone import Backbone, Prediction
 from underpaint.interfaces.conditioner import Condition
-from underpaint.registry.manager import manager
+from underpaint.registration.manager import manager
 from underpaint.testing.kit import NotApplicable, Subject, check, expect
 from underpaint.testing.modules import PROBES, close, disturb, generator
 

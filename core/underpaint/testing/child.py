@@ -9,15 +9,15 @@ import subprocess
 import sys
 from typing import Any
 
-from underpaint.registry.manager import PluginRecord
+from underpaint.registration.manager import PluginRecord
 
 __all__ = ["run_child"]
 
 _PREAMBLE = """
 import json, sys, warnings
 warnings.simplefilter("ignore")
-from underpaint.registry.discovery import Switches
-from underpaint.registry.manager import PluginManager, reset_manager
+from underpaint.registration.discovery import Switches
+from underpaint.registration.manager import PluginManager, reset_manager
 plugin, extra, arguments = json.loads(sys.argv[1])
 manager = PluginManager(Switches(only=(plugin,), extra=tuple(extra)))
 reset_manager(manager)

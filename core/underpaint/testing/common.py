@@ -6,9 +6,9 @@ import json
 
 from underpaint.config.structure import structure, unstructure
 from underpaint.interfaces.component import ComponentSpec
-from underpaint.registry.manager import manager
-from underpaint.registry.names import KINDS
-from underpaint.registry.registrar import load_target
+from underpaint.registration.manager import manager
+from underpaint.registration.names import KINDS
+from underpaint.registration.registrar import load_target
 from underpaint.testing.child import run_child
 from underpaint.testing.kit import ANY, Subject, check, checks, expect
 

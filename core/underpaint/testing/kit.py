@@ -12,10 +12,10 @@ from typing import Any, Literal
 import attrs
 
 from underpaint.errors import ConfigError, PluginError, suggest
-from underpaint.registry.catalogue import CONTEXT
-from underpaint.registry.manager import PluginRecord, manager
-from underpaint.registry.names import KINDS, parse_name
-from underpaint.registry.registrar import Registration
+from underpaint.registration.catalogue import CONTEXT
+from underpaint.registration.manager import PluginRecord, manager
+from underpaint.registration.names import KINDS, parse_name
+from underpaint.registration.registrar import Registration
 
 __all__ = [
     "KIT_VERSION",

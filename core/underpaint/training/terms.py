@@ -10,7 +10,7 @@ from torch import Tensor
 from underpaint.config.schema import LossConfig
 from underpaint.errors import ConfigError
 from underpaint.interfaces.loss import Loss, StepTensors
-from underpaint.registry.manager import manager
+from underpaint.registration.manager import manager
 
 __all__ = ["WeightedLosses"]
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from underpaint.registry.discovery import Candidate, Switches
-from underpaint.registry.manager import PluginManager
+from underpaint.registration.discovery import Candidate, Switches
+from underpaint.registration.manager import PluginManager
 
 Make = Callable[..., Candidate]
 Load = Callable[..., PluginManager]

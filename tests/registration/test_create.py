@@ -9,9 +9,9 @@ import attrs
 import pytest
 import torch
 
-from tests.registry.conftest import Load, Make
+from tests.registration.conftest import Load, Make
 from underpaint import Adapter, ComponentSpec, ConfigError, Encoder, Features, PluginError, Posterior
-from underpaint.registry.manager import PluginManager, PluginWarning
+from underpaint.registration.manager import PluginManager, PluginWarning
 
 
 @attrs.frozen(kw_only=True)

@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 
 from underpaint.errors import PluginError
-from underpaint.registry.names import KINDS, parse_name
+from underpaint.registration.names import KINDS, parse_name
 
 __all__ = ["Alias", "RecipeRegistrar", "RecipeRegistration", "Registrar", "Registration", "load_target"]
 

@@ -5,12 +5,12 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from underpaint.registration import manager as manager_module
 
-from tests.registry.conftest import Load, Make
+from tests.registration.conftest import Load, Make
 from underpaint.errors import NotFoundError, PluginError
-from underpaint.registry import manager as manager_module
-from underpaint.registry.discovery import Candidate, Switches, find_candidates
-from underpaint.registry.manager import PluginManager, PluginWarning
+from underpaint.registration.discovery import Candidate, Switches, find_candidates
+from underpaint.registration.manager import PluginManager, PluginWarning
 
 BROKEN = {
     "raises_at_import": ('raise RuntimeError("no such library")', "RuntimeError: no such library"),

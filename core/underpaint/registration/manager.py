@@ -19,10 +19,10 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
 from underpaint import hookspecs
 from underpaint.errors import NotFoundError, PluginError, suggest
-from underpaint.registry.catalogue import Catalogue
-from underpaint.registry.discovery import Candidate, Switches, extra_candidate, find_candidates
-from underpaint.registry.names import KINDS
-from underpaint.registry.registrar import RecipeRegistrar, Registrar
+from underpaint.registration.catalogue import Catalogue
+from underpaint.registration.discovery import Candidate, Switches, extra_candidate, find_candidates
+from underpaint.registration.names import KINDS
+from underpaint.registration.registrar import RecipeRegistrar, Registrar
 
 if TYPE_CHECKING:
     from underpaint.interfaces.component import ComponentSpec

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from tests.registry.conftest import Load, Make
+from tests.registration.conftest import Load, Make
 from underpaint import hookspecs
-from underpaint.registry.manager import HOOKS, REGISTRATION_HOOKS, PluginWarning
-from underpaint.registry.names import KINDS
+from underpaint.registration.manager import HOOKS, REGISTRATION_HOOKS, PluginWarning
+from underpaint.registration.names import KINDS
 
 LIFECYCLE = {
     "on_train_start": {"folder": Path("run"), "config": {"name": "x"}},

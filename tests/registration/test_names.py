@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.registry.conftest import Load, Make
+from tests.registration.conftest import Load, Make
 from underpaint.errors import ConfigError, NotFoundError, suggest
-from underpaint.registry.catalogue import Catalogue
-from underpaint.registry.names import KINDS, Name, parse_name
+from underpaint.registration.catalogue import Catalogue
+from underpaint.registration.names import KINDS, Name, parse_name
 
 GOOD = {
     "psnr": Name("psnr"),
@@ -108,7 +108,7 @@ def test_refusals(catalogue: Catalogue, kind: str, text: str, error: type[Except
 
 
 def test_component_hides_alias(make: Make, load: Load) -> None:
-    from underpaint.registry.manager import PluginWarning
+    from underpaint.registration.manager import PluginWarning
 
     other = '@underpaint.hookimpl\ndef register_encoders(register):\n    register("short", "m:Own")'
     with pytest.warns(PluginWarning, match="encoder 'short' of plugin 'two' hides an alias of plugin 'one'"):

@@ -11,8 +11,8 @@ import attrs
 
 from underpaint.config.structure import structure, unstructure
 from underpaint.errors import ConfigError, NotFoundError, PluginError, suggest
-from underpaint.registry.names import KINDS, Name, parse_name
-from underpaint.registry.registrar import Alias, RecipeRegistration, Registration, load_target
+from underpaint.registration.names import KINDS, Name, parse_name
+from underpaint.registration.registrar import Alias, RecipeRegistration, Registration, load_target
 
 if TYPE_CHECKING:
     from underpaint.interfaces.component import Component, ComponentSpec
