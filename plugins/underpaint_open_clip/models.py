@@ -77,7 +77,7 @@ def resolve(model: str, weights: str | None, tag: str | None) -> Weights:
         if given is None or given == "random" or is_location(given) or given in known:
             continue
         raise NotFoundError(
-            f"open_clip has no weights '{given}' for '{model}'. {suggest(given, known)} "
+            f"open_clip has no weights '{given}' for '{model}'. {suggest(given, known) or 'It has none.'} "
             "'@random' and '@file:PATH' work for every model."
         )
     if weights == "random":

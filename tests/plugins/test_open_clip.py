@@ -190,7 +190,7 @@ def test_families_asked_for_are_served() -> None:
         ("open_clip/ViT-L14@openai", NotFoundError, "'ViT-L-14'"),
         ("open_clip/RN50@openai", NotFoundError, "not a plain vision transformer"),
         ("open_clip/ViT-L-14@openia", NotFoundError, "Did you mean 'openai'?"),
-        ("open_clip/ViT-S-32@openai", NotFoundError, "it has none"),
+        ("open_clip/ViT-S-32@openai", NotFoundError, "It has none"),
         ("open_clip/ViT-L-14", ConfigError, "'@openai'"),
         ("open_clip/ViT-S-32", ConfigError, "'@random'"),
         ("open_clip/ViT-L-14@file:x.safetensors", ConfigError, "'tag'"),

@@ -5,10 +5,10 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from underpaint.registration import manager as manager_module
 
 from tests.registration.conftest import Load, Make
 from underpaint.errors import NotFoundError, PluginError
+from underpaint.registration import manager as manager_module
 from underpaint.registration.discovery import Candidate, Switches, find_candidates
 from underpaint.registration.manager import PluginManager, PluginWarning
 

@@ -5,7 +5,7 @@ Every class names the check that must fail. Registering them reads this file's o
 
 import underpaint
 
-# kind: {class in mutant_classes: checks that must fail; others may, as a consequence}
+# kind: {class in a mutant_* module: checks that must fail; others may, as a consequence}
 MUTANTS = {
     "encoder": {
         "WrongChannels": {"output_as_declared"},
@@ -125,12 +125,15 @@ _CONFIGS = {
 }
 
 
+_MODULES = {"dataset": "datasets", "encoder": "encoders"}
+
+
 def _register(kind, register):
     config, tiny = _CONFIGS.get(kind, (None, {}))
     for name in MUTANTS[kind]:
         register(
             f"mutant/{name}",
-            f"tests.testing.mutant_{'datasets' if kind == 'dataset' else 'classes'}:{name}",
+            f"tests.testing.mutant_{_MODULES.get(kind, 'classes')}:{name}",
             config=config,
             tiny=tiny,
             takes_weights=kind == "encoder",
