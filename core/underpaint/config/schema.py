@@ -92,6 +92,7 @@ class DataConfig:
         train: Data set to train on.
         validation: Data set to measure on; None holds out a share of the training set.
         holdout: That share: a fixed random draw from all classes.
+        limit: Train on at most this many samples, a fixed random draw; None for all.
         size: Side of the square crop in pixels, or height and width.
         crop: Where the crop is taken after the short side was resized.
         flip: Flip half of the training images horizontally.
@@ -102,6 +103,7 @@ class DataConfig:
     train: ComponentConfig
     validation: ComponentConfig | None = None
     holdout: float = attrs.field(default=0.05, validator=v.and_(v.gt(0.0), v.lt(1.0)))
+    limit: int | None = attrs.field(default=None, validator=_optional_positive)
     size: int | tuple[int, int] = 256
     crop: Literal["center", "random"] = "center"
     flip: bool = False

@@ -104,7 +104,7 @@ def open_run_data(config: DataConfig) -> RunData:
         return RunData(
             config=config,
             train=train,
-            train_indices=train_indices,
+            train_indices=_limited(train_indices, config.limit),
             validation=train,
             validation_indices=_spread(held_out),
         )
@@ -117,10 +117,15 @@ def open_run_data(config: DataConfig) -> RunData:
     return RunData(
         config=config,
         train=train,
-        train_indices=np.arange(len(train), dtype=np.int64),
+        train_indices=_limited(np.arange(len(train), dtype=np.int64), config.limit),
         validation=validation,
         validation_indices=_spread(np.arange(len(validation), dtype=np.int64)),
     )
+
+
+def _limited(indices: NDArray[np.int64], limit: int | None) -> NDArray[np.int64]:
+    """Draw a part of the samples once and for all, kept in their order so that files are read from front to back."""
+    return indices if limit is None else np.sort(_spread(indices)[:limit])
 
 
 def _spread(indices: NDArray[np.int64]) -> NDArray[np.int64]:
