@@ -83,7 +83,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_result(tmp_path: Path) -> N
                 break
         time.sleep(float(rng.uniform(0.0, 0.5)))
         process.kill()
-        process.wait()
+        process.communicate()
         killed += process.returncode == -signal.SIGKILL
     assert killed
     last = train(recipe, tmp_path / "run", *long)
@@ -121,7 +121,7 @@ def test_a_second_process_on_the_folder_is_refused(tmp_path: Path) -> None:
     second = train(recipe, tmp_path / "run", "stages.align.steps=5000")
     error = finish(second)
     first.kill()
-    first.wait()
+    first.communicate()
     assert second.returncode == 2
     assert str(first.pid) in error
     assert "Traceback" not in error
