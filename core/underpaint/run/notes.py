@@ -19,7 +19,8 @@ def notes(recipe: Recipe, data: RunData) -> list[str]:
     assert isinstance(train, dict)
     assert isinstance(validation, dict)
     size = f"{data.config.height}×{data.config.width} px"
-    measured = f"{validation['samples']:,} others of {validation['name']}"
+    count = min(recipe.evaluation.images, validation["samples"])
+    measured = f"{count:,} others of {validation['name']}"
     lines = [f"Trained on {train['samples']:,} images of {train['name']} at {size}, measured on {measured}."]
     if train["name"].startswith("scenes/"):
         lines.append(
