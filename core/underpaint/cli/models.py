@@ -334,9 +334,9 @@ def _compare(numbers: list[Any], earlier: list[Any], force: bool) -> None:
         raise UnderpaintError("The file given to --compare holds no number of the same name.")
     rows = []
     for number in shared:
-        compared(before[number.name], number, force=force)
-        old = before[number.name].value
-        rows.append([number.name, f"{old:.4f}", f"{number.value:.4f}", f"{number.value - old:+.4f}"])
+        old = before[number.name]
+        difference = compared(number, old, force=force)
+        rows.append([number.name, f"{old.value:.4f}", f"{number.value:.4f}", f"{difference:+.4f}"])
     print_table(rows, ["number", "before", "now", "difference"])
 
 

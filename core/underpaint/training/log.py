@@ -61,7 +61,8 @@ class StageLog:
             tracker.scalars(step, {f"{self._stage}/{name}": value for name, value in values.items()})
         line = format_line(step, self._steps, values)
         if self._bar is not None:
-            self._bar.set_postfix_str(line, refresh=False)
+            # The bar itself shows the steps.
+            self._bar.set_postfix_str(line.partition("  ")[2], refresh=False)
             self._bar.update(step - self._bar.n)
         else:
             print(f"{self._stage} {line}", file=sys.stderr, flush=True)
