@@ -222,3 +222,10 @@ def test_switches_reach_the_environment(monkeypatch: pytest.MonkeyPatch, capsys:
     assert os.environ.pop("UNDERPAINT_NO_PLUGINS") == "timm"
     assert os.environ.pop("UNDERPAINT_PLUGINS") == "tiny,timm"
     capsys.readouterr()
+
+
+def test_the_deepspeed_launcher_s_argument_is_taken(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "--local_rank=1", "recipes", "list") == 0
+    assert "recipe:quickstart" in capsys.readouterr().out

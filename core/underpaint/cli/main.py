@@ -63,6 +63,8 @@ class _LazyGroup(click.Group):
 @click.option("--no-plugin", multiple=True, metavar="NAME", help="Leave a plugin out; NAME@DISTRIBUTION if ambiguous.")
 @click.option("--only-plugins", metavar="NAMES", help="Load only these plugins, separated by commas; '' for none.")
 @click.option("--strict-plugins", is_flag=True, help="Make every plugin failure fatal.")
+# The DeepSpeed launcher puts it before the command; the same number is in the environment, where `Ranks` reads it.
+@click.option("--local_rank", type=int, hidden=True, expose_value=False)
 def main(plugin: tuple[str, ...], no_plugin: tuple[str, ...], only_plugins: str | None, strict_plugins: bool) -> None:
     """Turn pretrained vision encoders into image tokenizers, and train latent diffusion on them.
 
