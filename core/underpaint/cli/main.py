@@ -89,7 +89,7 @@ def run() -> None:
     """Run the command line and exit: 0 done, 1 a check failed, 2 a mistake to mend, 128+n on a signal."""
     warnings.showwarning = _show_warning
     try:
-        code = main(standalone_mode=False)
+        code = main(standalone_mode=False, prog_name="underpaint")
     except click.exceptions.Exit as stop:
         code = stop.exit_code
     except click.ClickException as error:
