@@ -166,10 +166,6 @@ class CheckpointStore:
                     self._warned.add(path.name)
                     _log.warning("The checkpoint '%s' is skipped: %s.", path, reason)
 
-    def path(self, step: int) -> Path:
-        """Return where the checkpoint of a step is, or would be."""
-        return self._folder / f"step-{step:07d}"
-
     def latest(self, *, verify: bool = False) -> Checkpoint | None:
         """Return the newest valid checkpoint, or None.
 

@@ -31,7 +31,6 @@ class StageLog:
         steps: Steps in all.
         start: Steps already done.
         trackers: Trackers beside ``metrics.jsonl``.
-        images: Images per optimizer step, for the progress bar's unit.
     """
 
     def __init__(self, folder: Path, stage: str, *, steps: int, start: int, trackers: Sequence[Tracker] = ()) -> None:
