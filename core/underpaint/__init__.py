@@ -29,16 +29,19 @@ if TYPE_CHECKING:
     from underpaint.interfaces.dataset import Dataset, Sample
     from underpaint.interfaces.decoder import Decoder, Reconstruction
     from underpaint.interfaces.encoder import Encoder, EncoderInfo, Features
-    from underpaint.interfaces.loss import Loss, StepTensors
+    from underpaint.interfaces.importer import Importer
+    from underpaint.interfaces.loss import AdversarialLoss, Loss, StepSizes, StepTensors
     from underpaint.interfaces.metric import Metric
     from underpaint.interfaces.sampler import Sampler, VelocityField
     from underpaint.interfaces.tracker import Tracker
+    from underpaint.models.tokenizer import LatentStatistics, Tokenizer
     from underpaint.registration.registrar import RecipeRegistrar, Registrar
     from underpaint.weights import is_location, load_weights, tensor_hash
 
 _HOME = {
     "API_VERSION": "hookspecs",
     "Adapter": "interfaces.adapter",
+    "AdversarialLoss": "interfaces.loss",
     "Backbone": "interfaces.backbone",
     "BrokenImageError": "errors",
     "Component": "interfaces.component",
@@ -52,6 +55,8 @@ _HOME = {
     "Encoder": "interfaces.encoder",
     "EncoderInfo": "interfaces.encoder",
     "Features": "interfaces.encoder",
+    "Importer": "interfaces.importer",
+    "LatentStatistics": "models.tokenizer",
     "Loss": "interfaces.loss",
     "Metric": "interfaces.metric",
     "NotFoundError": "errors",
@@ -63,7 +68,9 @@ _HOME = {
     "Registrar": "registration.registrar",
     "Sample": "interfaces.dataset",
     "Sampler": "interfaces.sampler",
+    "StepSizes": "interfaces.loss",
     "StepTensors": "interfaces.loss",
+    "Tokenizer": "models.tokenizer",
     "Tracker": "interfaces.tracker",
     "UnderpaintError": "errors",
     "VelocityField": "interfaces.sampler",
@@ -82,6 +89,7 @@ _HOME = {
 __all__ = [
     "API_VERSION",
     "Adapter",
+    "AdversarialLoss",
     "Backbone",
     "BrokenImageError",
     "Component",
@@ -95,6 +103,8 @@ __all__ = [
     "Encoder",
     "EncoderInfo",
     "Features",
+    "Importer",
+    "LatentStatistics",
     "Loss",
     "Metric",
     "NotFoundError",
@@ -106,7 +116,9 @@ __all__ = [
     "Registrar",
     "Sample",
     "Sampler",
+    "StepSizes",
     "StepTensors",
+    "Tokenizer",
     "Tracker",
     "UnderpaintError",
     "VelocityField",

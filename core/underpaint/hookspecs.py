@@ -159,6 +159,19 @@ def register_trackers(register: Registrar) -> None:
 
 
 @hookspec
+def register_importers(register: Registrar) -> None:
+    """Called once, when plugins are discovered, to collect importers.
+
+    Args:
+        register: Callable that takes a name and the target as ``"package.module:Class"``.
+
+    Result: ignored. Nothing heavy may be imported here: targets are strings.
+
+    Implemented by: plugins that read published weights of another project, for ``underpaint import``.
+    """
+
+
+@hookspec
 def register_recipes(register: RecipeRegistrar) -> None:
     """Called once, when plugins are discovered, to collect recipes.
 

@@ -284,7 +284,7 @@ def test_new_accepts_the_prefix(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_new_packages_pass_their_tests(tmp_path: Path) -> None:
-    """All ten kinds, installed with pip as they were written, pass their own tests as they were written."""
+    """All eleven kinds, installed with pip as they were written, pass their own tests as they were written."""
     folders = []
     for kind in KINDS:
         assert _run("new", f"new-{kind}", "--kind", kind, "--out", str(tmp_path)).exit_code == 0

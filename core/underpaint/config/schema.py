@@ -9,13 +9,16 @@ from typing import Any, Literal
 import attrs
 from attrs import validators as v
 
-from underpaint.errors import ConfigError
+from underpaint.errors import ConfigError, suggest
 
 __all__ = [
+    "AdaptiveConfig",
     "ComponentConfig",
+    "CriticConfig",
     "DataConfig",
     "DiffusionConfig",
     "EngineConfig",
+    "EquivarianceConfig",
     "EvaluationConfig",
     "GuidanceConfig",
     "LatentsConfig",
@@ -23,6 +26,7 @@ __all__ = [
     "OptimizerConfig",
     "Recipe",
     "StageConfig",
+    "StopConfig",
     "TimeConfig",
     "TokenizerConfig",
 ]
@@ -61,6 +65,69 @@ class ComponentConfig:
 
 
 @attrs.frozen(kw_only=True)
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule.
+
+    Attributes:
+        lr: Peak learning rate.
+        rates: Learning rate of single parts (``encoder``, ``adapter``, ``decoder``, …), instead of `lr`.
+        betas: Adam's decay rates.
+        weight_decay: Decoupled weight decay.
+        warmup: Steps of linear warm-up from zero.
+        schedule: After the warm-up.
+        final: Learning rate at the end of a cosine or linear schedule, as a share of the peak.
+        clip: Largest norm of the gradient of all parameters; None for no clipping.
+    """
+
+    lr: float = attrs.field(default=1e-4, validator=_positive)
+    rates: Mapping[str, float] = attrs.field(factory=dict)
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = attrs.field(default=0.0, validator=_not_negative)
+    warmup: int = attrs.field(default=0, validator=_not_negative)
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    final: float = attrs.field(default=0.1, validator=_fraction)
+    clip: float | None = attrs.field(default=1.0, validator=_optional_positive)
+
+
+@attrs.frozen(kw_only=True)
+class AdaptiveConfig:
+    """A weight that keeps the gradient of a loss in proportion to that of the reconstruction (VQGAN, eq. 7).
+
+    The factor is the ratio of two gradient norms at one weight: of all weighted reconstruction losses of the stage, over
+    that of this loss. The loss's own weight multiplies it. Written as a word, it is `at`.
+
+    Attributes:
+        at: Part whose last layer is measured at.
+        eps: Added to the denominator.
+        limit: Largest factor.
+    """
+
+    at: Literal["decoder", "adapter"]
+    eps: float = attrs.field(default=1e-4, validator=_not_negative)
+    limit: float = attrs.field(default=1e4, validator=_positive)
+
+    @staticmethod
+    def from_plain(value: Any, path: str) -> Any:
+        """Accept the part alone."""
+        return {"at": value} if isinstance(value, str) else value
+
+
+@attrs.frozen(kw_only=True)
+class CriticConfig:
+    """How the critic of an adversarial loss is trained.
+
+    Attributes:
+        optimizer: Optimizer and schedule; None takes the stage's.
+        start: First step at which the critic learns; the loss's own `start` says when its verdict counts.
+        carry: Earlier stage whose critic, of the same loss, is trained on; None starts a new one.
+    """
+
+    optimizer: OptimizerConfig | None = None
+    start: int = attrs.field(default=0, validator=_not_negative)
+    carry: str | None = None
+
+
+@attrs.frozen(kw_only=True)
 class LossConfig:
     """A loss with its weight and the steps at which it counts.
 
@@ -69,6 +136,8 @@ class LossConfig:
         weight: Factor of all its terms.
         start: First step at which it counts.
         end: First step at which it no longer counts; None for never.
+        adaptive: Factor that follows the gradient of the reconstruction; None for none.
+        critic: Training of its critic, for adversarial losses.
         options: Options of the loss.
     """
 
@@ -76,12 +145,14 @@ class LossConfig:
     weight: float = 1.0
     start: int = attrs.field(default=0, validator=_not_negative)
     end: int | None = None
+    adaptive: AdaptiveConfig | None = None
+    critic: CriticConfig | None = None
     options: Mapping[str, Any] = attrs.field(factory=dict)
 
     @staticmethod
     def from_plain(value: Any, path: str) -> Any:
         """Accept the flat form that recipes are written in."""
-        return _flat(value, path, ("name", "weight", "start", "end"))
+        return _flat(value, path, ("name", "weight", "start", "end", "adaptive", "critic"))
 
 
 @attrs.frozen(kw_only=True)
@@ -148,28 +219,47 @@ class TokenizerConfig:
 
 
 @attrs.frozen(kw_only=True)
-class OptimizerConfig:
-    """AdamW and its learning-rate schedule.
+class EquivarianceConfig:
+    """Equivariance regularisation (EQ-VAE; vfm_vae.md §4.5): one draw per rank and step.
+
+    With probability `latent`, the latent is resized by one of `scales` and turned by a multiple of 90°, and the target
+    image with it. Otherwise, with probability `input`, the image is shrunk by one of the scales below 1 before the
+    encoder sees it. The rest of the steps are plain.
 
     Attributes:
-        lr: Peak learning rate.
-        rates: Learning rate of single parts (``encoder``, ``adapter``, ``decoder``, …), instead of `lr`.
-        betas: Adam's decay rates.
-        weight_decay: Decoupled weight decay.
-        warmup: Steps of linear warm-up from zero.
-        schedule: After the warm-up.
-        final: Learning rate at the end of a cosine or linear schedule, as a share of the peak.
-        clip: Largest norm of the gradient of all parameters; None for no clipping.
+        latent: Share of steps that transform the latent.
+        input: Share of the other steps that shrink the image.
+        scales: Sizes relative to the full one, drawn evenly.
     """
 
-    lr: float = attrs.field(default=1e-4, validator=_positive)
-    rates: Mapping[str, float] = attrs.field(factory=dict)
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = attrs.field(default=0.0, validator=_not_negative)
-    warmup: int = attrs.field(default=0, validator=_not_negative)
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
-    final: float = attrs.field(default=0.1, validator=_fraction)
-    clip: float | None = attrs.field(default=1.0, validator=_optional_positive)
+    latent: float = attrs.field(default=0.5, validator=_fraction)
+    input: float = attrs.field(default=0.25, validator=_fraction)
+    scales: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
+
+    def __attrs_post_init__(self) -> None:
+        if not self.scales or not all(0.0 < scale <= 1.0 for scale in self.scales):
+            raise ConfigError(f"equivariance.scales is {list(self.scales)}; name at least one number in (0, 1].")
+        if self.input > 0.0 and min(self.scales) == 1.0:
+            raise ConfigError("equivariance.input is above 0, but no scale is below 1; set input to 0.")
+
+
+@attrs.frozen(kw_only=True)
+class StopConfig:
+    """When a stage ends before its last step: no metric got better for long enough.
+
+    Attributes:
+        metrics: Measured on held-out images, on the weights that would be exported.
+        every: Steps between measurements.
+        patience: Steps without an improvement of any of them after which the stage ends.
+        tolerance: Relative change that counts as an improvement.
+        images: Held-out images of a measurement.
+    """
+
+    metrics: tuple[ComponentConfig, ...] = attrs.field(validator=v.min_len(1))
+    every: int = attrs.field(default=1000, validator=_positive)
+    patience: int = attrs.field(default=5000, validator=_positive)
+    tolerance: float = attrs.field(default=0.01, validator=_not_negative)
+    images: int = attrs.field(default=500, validator=_positive)
 
 
 @attrs.frozen(kw_only=True)
@@ -178,23 +268,32 @@ class StageConfig:
 
     Attributes:
         name: Name of its folder and of ``--until``.
-        trains: Parts that learn; the others are frozen.
+        trains: Parts that learn (``encoder``, ``adapter``, ``decoder``, or a submodule such as ``decoder.heads``); the
+            others are frozen.
         losses: What is minimised.
         steps: Optimizer steps.
         batch: Images per optimizer step, over all ranks.
         optimizer: Optimizer and schedule.
         ema: Decay of the exponential moving average that is exported; None exports the raw weights.
-        teacher: Earlier stage whose exported encoder and adapter, frozen, give the reference latents.
+        ema_ramp: Half-life of the average as a share of the steps done, while that is shorter than what `ema` means
+            (StyleGAN's ramp; vfm_vae.md §4.4); None starts with `ema`.
+        teacher: Earlier stage whose exported encoder and adapter, frozen, give the reference latents; ``start`` is the
+            tokenizer that the recipe loads.
+        equivariance: Equivariance regularisation; None for none.
+        stop: When to end early; None trains all steps.
     """
 
     name: str
-    trains: tuple[Literal["encoder", "adapter", "decoder"], ...]
+    trains: tuple[str, ...]
     losses: tuple[LossConfig, ...]
     steps: int = attrs.field(validator=_positive)
     batch: int = attrs.field(default=256, validator=_positive)
     optimizer: OptimizerConfig = attrs.field(factory=OptimizerConfig)
     ema: float | None = attrs.field(default=0.999, validator=_decay)
+    ema_ramp: float | None = attrs.field(default=None, validator=_optional_positive)
     teacher: str | None = None
+    equivariance: EquivarianceConfig | None = None
+    stop: StopConfig | None = None
 
 
 @attrs.frozen(kw_only=True)
@@ -336,7 +435,7 @@ class EngineConfig:
 
 
 _STAGE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
-RESERVED_STAGES = ("latents", "diffusion", "samples", "report")
+RESERVED_STAGES = ("start", "latents", "diffusion", "samples", "report")
 
 
 @attrs.frozen(kw_only=True)
@@ -382,11 +481,26 @@ class Recipe:
                 )
             if stage.name in seen:
                 raise ConfigError(f"{path}.name '{stage.name}' is used twice; rename one.")
-            if stage.teacher is not None and stage.teacher not in seen:
+            if stage.teacher == "start" and self.tokenizer.load is None:
                 raise ConfigError(
-                    f"{path}.teacher is '{stage.teacher}', which is not an earlier stage; "
-                    f"earlier stages: {', '.join(seen) or 'none'}."
+                    f"{path}.teacher is 'start', the tokenizer that the recipe loads, but tokenizer.load is not set; "
+                    "set it, or name an earlier stage."
                 )
+            references = {"teacher": stage.teacher if stage.teacher != "start" else None}
+            for number, loss in enumerate(stage.losses):
+                references[f"losses[{number}].critic.carry"] = loss.critic and loss.critic.carry
+            for key, name in references.items():
+                if name is not None and name not in seen:
+                    raise ConfigError(
+                        f"{path}.{key} is '{name}', which is not an earlier stage; "
+                        f"earlier stages: {', '.join(seen) or 'none'}."
+                    )
+            parts = ("encoder", "adapter", "decoder")
             if not stage.trains:
                 raise ConfigError(f"{path}.trains is empty; name at least one of encoder, adapter, decoder.")
+            for part in stage.trains:
+                if part.partition(".")[0] not in parts:
+                    raise ConfigError(f"{path}.trains names '{part}'. {suggest(part, parts)}")
+            if stage.ema_ramp is not None and stage.ema is None:
+                raise ConfigError(f"{path}.ema_ramp is set, but ema is null; set ema to the decay it leads to.")
             seen.append(stage.name)

@@ -15,7 +15,7 @@ class ComponentSpec:
     """The name and the complete options that make a component again.
 
     Attributes:
-        kind: One of the ten kinds, such as ``"encoder"``.
+        kind: One of the eleven kinds, such as ``"encoder"``.
         name: Canonical registered name, aliases resolved, such as ``"tiny/vit@random"``.
         options: Every field of the component's config, as plain values (YAML and JSON can hold them).
         context: The keyword arguments beside the config, such as channel counts.

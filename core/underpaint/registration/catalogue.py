@@ -32,6 +32,7 @@ CONTEXT: Mapping[str, frozenset[str]] = {
     "dataset": frozenset(),
     "sampler": frozenset(),
     "tracker": frozenset({"folder", "run"}),
+    "importer": frozenset(),
 }
 """Keyword arguments beside the config that the framework works out and passes to a constructor, by kind."""
 
@@ -200,7 +201,7 @@ class Catalogue:
         """Make a component from its name, its options and its context keywords.
 
         Args:
-            kind: One of the ten kinds.
+            kind: One of the eleven kinds.
             text: Registered name or alias, with ``@weights`` where the component takes weights.
             **options: Fields of its config, and the context keywords of its kind (`CONTEXT`).
 

@@ -21,6 +21,7 @@ KINDS = (
     "dataset",
     "sampler",
     "tracker",
+    "importer",
 )
 
 _BASE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*(/[A-Za-z0-9*][A-Za-z0-9._+*-]*)?")

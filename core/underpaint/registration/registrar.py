@@ -20,7 +20,7 @@ class Registration:
     """One registered name. Holds strings only: nothing is imported to make it.
 
     Attributes:
-        kind: One of the ten kinds.
+        kind: One of the eleven kinds.
         name: Registered name without weights; ``family/*`` serves every model of a family.
         target: Class as ``"package.module:Class"``.
         config: attrs class of its options as ``"package.module:Class"``, in a module that imports no

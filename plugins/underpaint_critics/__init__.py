@@ -1,0 +1,1 @@
+"""Critics and the adversarial losses that own them."""

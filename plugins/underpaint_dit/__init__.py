@@ -1,0 +1,1 @@
+"""DiT (Peebles and Xie 2023)."""

@@ -1,0 +1,1 @@
+"""LightningDiT (Yao et al. 2025) and DiT^DH (Zheng et al. 2025)."""

@@ -1,0 +1,1 @@
+"""Multimodal diffusion transformers: MMDiT of Stable Diffusion 3, and FLUX."""
