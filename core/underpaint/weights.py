@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import fsspec
@@ -22,11 +23,13 @@ def is_location(weights: str) -> bool:
     return weights.startswith("file:") or "://" in weights
 
 
-def load_weights(location: str) -> dict[str, Tensor]:
+def load_weights(location: str, *, nested: Sequence[str] = ("state_dict",)) -> dict[str, Tensor]:
     """Read a state dict.
 
     Args:
-        location: ``file:PATH`` or any fsspec URL; ``.safetensors``, or a PyTorch file of plain tensors.
+        location: ``file:PATH``, a path or any fsspec URL; ``.safetensors``, or a PyTorch file of plain tensors.
+        nested: Keys under which a training file may hold the state dict; the first that is there is taken. What lies
+            beside it, such as the arguments of the program that wrote it, is not looked at.
 
     Returns:
         Tensors by name, on the CPU.
@@ -45,13 +48,15 @@ def load_weights(location: str) -> dict[str, Tensor]:
     try:
         if path.endswith(".safetensors"):
             return dict(load_safetensors(data))
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        # Training files of DiT, SiT and REPA hold their command line; a namespace of plain values cannot do anything.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
         raise DataError(
             f"The weights file '{path}' is damaged or not a file of tensors: {' '.join(str(error).split())[:200]}"
         ) from error
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
+    if isinstance(state, Mapping):
+        state = next((state[key] for key in nested if isinstance(state.get(key), Mapping)), state)
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         raise DataError(
             f"The weights file '{path}' holds something else than named tensors; convert it to safetensors."

@@ -90,7 +90,7 @@ def test_overrides_reach_names_indices_and_bare_components() -> None:
         ("seed.deeper=1", "seed"),
         ("stages.align.trains=[]", "is empty"),
         ("stages.align.teacher=later", "not an earlier stage"),
-        ("stages.align.name=latents", "none of latents"),
+        ("stages.align.name=latents", "none of start, latents"),
         ("data.holdout=1.5", "holdout"),
         ("evaluation.guidance.interval=[0.8, 0.2]", "low < high"),
         ("tokenizer.load=somewhere", "keep one of the two"),

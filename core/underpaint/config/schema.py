@@ -93,8 +93,8 @@ class OptimizerConfig:
 class AdaptiveConfig:
     """A weight that keeps the gradient of a loss in proportion to that of the reconstruction (VQGAN, eq. 7).
 
-    The factor is the ratio of two gradient norms at one weight: of all weighted reconstruction losses of the stage, over
-    that of this loss. The loss's own weight multiplies it. Written as a word, it is `at`.
+    The factor is the ratio of two gradient norms at one weight: that of all weighted reconstruction losses of the stage,
+    over that of this loss. The loss's own weight multiplies it. Written as a word, it is `at`.
 
     Attributes:
         at: Part whose last layer is measured at.
