@@ -34,13 +34,14 @@ from underpaint.config.schema import (
     StageConfig,
     TokenizerConfig,
 )
+from underpaint.interfaces.loss import StepSizes
 from underpaint.models.build import build_generator_parts, build_tokenizer
 from underpaint.models.tokenizer import Tokenizer
 from underpaint.training.diffusion_stage import DiffusionModule, StepNoise, diffusion_losses
 from underpaint.training.engine import Engine
 from underpaint.training.flops import count_flops, peak_flops
 from underpaint.training.ranks import Ranks
-from underpaint.training.tokenizer_stage import TokenizerModule, tokenizer_losses
+from underpaint.training.tokenizer_stage import TokenizerModule, tokenizer_losses, tokenizer_sizes
 
 Step = Callable[[Any, int], Tensor]
 
@@ -69,7 +70,7 @@ def tokenizer_case(stage: StageConfig, encoder: str, base: int, size: int) -> Ca
         if stage.teacher is not None:
             teacher = Tokenizer(*(copy.deepcopy(getattr(tokenizer, n)) for n in ("encoder", "adapter", "decoder")))
             teacher = teacher.to(device)
-        losses = tokenizer_losses(stage, 0, device)
+        losses = tokenizer_losses(stage, 0, device, tokenizer_sizes(tokenizer, size, size))
         module = TokenizerModule(tokenizer.to(device), stage.trains, losses, teacher)
         images = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, device=device)
 
@@ -93,7 +94,8 @@ def diffusion_case(backbone: str, grid: int, **options: Any) -> Callable[..., An
         tokenizer = build_tokenizer(tokenizer_config("timm/test_vit@random", 32), 0)
         shape = (grid, grid)
         net, conditioner = build_generator_parts(config, tokenizer, grid=shape, classes=1000, has_text=False, seed=0)
-        module = DiffusionModule(net, conditioner, diffusion_losses(config, device)).to(device)
+        sizes = StepSizes(image=(grid * 16, grid * 16), latent_channels=32, grid=shape, hidden_width=net.width)
+        module = DiffusionModule(net, conditioner, diffusion_losses(config, device, sizes)).to(device)
         latents = torch.randn(batch, 32, *shape, device=device)
         labels = torch.randint(0, 1000, (batch,), device=device)
         noise = StepNoise(config, (32, *shape), 0, device)

@@ -47,3 +47,7 @@ class Mlp(Adapter):
         tokens = torch.cat(features.maps, dim=1).permute(0, 2, 3, 1)
         latents: Tensor = self.outer(self.activation(self.inner(tokens.to(self.inner.weight.dtype))))
         return Posterior(latents.permute(0, 3, 1, 2).contiguous())
+
+    def last_layer(self) -> nn.Parameter:
+        """Return the weight of the second layer, d×hidden."""
+        return self.outer.weight

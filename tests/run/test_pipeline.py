@@ -21,7 +21,7 @@ from underpaint.run.folder import RunFolder
 from underpaint.run.pipeline import run_recipe
 from underpaint.training.log import read_rows
 from underpaint.training.ranks import Ranks
-from underpaint.training.tokenizer_stage import TokenizerModule, tokenizer_losses
+from underpaint.training.tokenizer_stage import TokenizerModule, tokenizer_losses, tokenizer_sizes
 from underpaint.weights import tensor_hash
 
 
@@ -67,17 +67,17 @@ def test_semantic_loss_is_zero_at_the_first_step_of_stage_two(finished: Path) ->
     # aligntok.md §4.3: the student starts as its teacher.
     recipe = tiny_recipe()
     student, teacher = stage(finished, "align"), stage(finished, "align")
-    losses = tokenizer_losses(recipe.stages[1], 1, torch.device("cpu"))
+    losses = tokenizer_losses(recipe.stages[1], 1, torch.device("cpu"), tokenizer_sizes(student, 32, 32))
     module = TokenizerModule(student, recipe.stages[1].trains, losses, teacher).eval()
     pixels = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
-    _, terms = module(pixels, 0)
+    _, terms, _ = module(pixels, 0)
     assert float(terms["semantic"]) == 0.0
 
 
 def test_teacher_is_neither_trained_nor_saved(finished: Path) -> None:
     recipe = tiny_recipe()
-    losses = tokenizer_losses(recipe.stages[1], 1, torch.device("cpu"))
     teacher = stage(finished, "align")
+    losses = tokenizer_losses(recipe.stages[1], 1, torch.device("cpu"), tokenizer_sizes(teacher, 32, 32))
     module = TokenizerModule(stage(finished, "align"), recipe.stages[1].trains, losses, teacher)
     assert {name.partition(".")[0] for name in module.state_dict()} == {"encoder", "adapter", "decoder"}
     assert not any(p.requires_grad for p in teacher.parameters())
@@ -149,7 +149,7 @@ def test_interrupted_training_goes_on_bit_by_bit(
             raise Cut
         return real(**arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("underpaint.run.stages.train_loop", cut_short)
+    monkeypatch.setattr("underpaint.run.training.train_loop", cut_short)
     with pytest.raises(Cut):
         run_recipe(tiny_recipe(), tmp_path / "run", until="perceive")
     run_recipe(tiny_recipe(), tmp_path / "run", until="perceive")

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import attrs
 from attrs import validators as v
 
+from underpaint.config.diffusion import GuidanceConfig, PathName, Predicts, TimeConfig
 from underpaint.errors import ConfigError, suggest
 
 __all__ = [
@@ -93,18 +94,20 @@ class OptimizerConfig:
 class AdaptiveConfig:
     """A weight that keeps the gradient of a loss in proportion to that of the reconstruction (VQGAN, eq. 7).
 
-    The factor is the ratio of two gradient norms at one weight: that of all weighted reconstruction losses of the stage,
-    over that of this loss. The loss's own weight multiplies it. Written as a word, it is `at`.
+    The factor is the ratio of two gradient norms at one weight: that of all weighted reconstruction losses, over that
+    of this loss. The loss's own weight multiplies it. Written as a word, it is `at`.
 
     Attributes:
         at: Part whose last layer is measured at.
         eps: Added to the denominator.
         limit: Largest factor.
+        apply: Whether the factor multiplies the weight; false only logs it.
     """
 
     at: Literal["decoder", "adapter"]
     eps: float = attrs.field(default=1e-4, validator=_not_negative)
     limit: float = attrs.field(default=1e4, validator=_positive)
+    apply: bool = True
 
     @staticmethod
     def from_plain(value: Any, path: str) -> Any:
@@ -168,6 +171,8 @@ class DataConfig:
         crop: Where the crop is taken after the short side was resized.
         flip: Flip half of the training images horizontally.
         workers: Loader processes per rank; 0 reads in the training process.
+        memory: Decode the training images once and keep them on the training device of every rank: height·width·3
+            bytes each. For small images and many epochs.
         max_broken: Share of broken images above which reading stops.
     """
 
@@ -179,7 +184,15 @@ class DataConfig:
     crop: Literal["center", "random"] = "center"
     flip: bool = False
     workers: int = attrs.field(default=2, validator=_not_negative)
+    memory: bool = False
     max_broken: float = attrs.field(default=0.01, validator=_fraction)
+
+    def __attrs_post_init__(self) -> None:
+        if self.memory and self.crop == "random":
+            raise ConfigError(
+                "data.memory keeps every image as one crop, and data.crop is 'random'; set crop to 'center', or memory "
+                "to false."
+            )
 
     @property
     def height(self) -> int:
@@ -314,23 +327,6 @@ class LatentsConfig:
 
 
 @attrs.frozen(kw_only=True)
-class TimeConfig:
-    """Distribution of the noise fraction t during training.
-
-    Attributes:
-        distribution: ``uniform`` on [0, 1], or ``logit-normal``: the sigmoid of a normal variable.
-        mean: Mean of that normal variable, in our time (0 data, 1 noise).
-        std: Its standard deviation.
-        shift: α of t' = αt / (1 + (α−1)t); above 1 towards noise (rae.md §3.1).
-    """
-
-    distribution: Literal["uniform", "logit-normal"] = "logit-normal"
-    mean: float = 0.0
-    std: float = attrs.field(default=1.0, validator=_positive)
-    shift: float = attrs.field(default=1.0, validator=_positive)
-
-
-@attrs.frozen(kw_only=True)
 class DiffusionConfig:
     """Training of the latent diffusion model.
 
@@ -343,6 +339,9 @@ class DiffusionConfig:
         optimizer: Optimizer and schedule.
         ema: Decay of the exponential moving average that is sampled from.
         time: Distribution of t.
+        path: Path between data and noise: ``linear``; ``cosine`` (α = cos(πt/2), GVP); ``vp`` (the variance-preserving
+            path of DDPM, in continuous time). Samplers follow the linear path whatever the training path.
+        predicts: What the backbone's output is trained to be: velocity of that path, noise or data.
         dropout: Share of samples that train the null condition, for guidance.
     """
 
@@ -354,28 +353,9 @@ class DiffusionConfig:
     optimizer: OptimizerConfig = attrs.field(factory=OptimizerConfig)
     ema: float | None = attrs.field(default=0.9999, validator=_decay)
     time: TimeConfig = attrs.field(factory=TimeConfig)
+    path: PathName = "linear"
+    predicts: Predicts = "velocity"
     dropout: float = attrs.field(default=0.1, validator=_fraction)
-
-
-@attrs.frozen(kw_only=True)
-class GuidanceConfig:
-    """Classifier-free guidance.
-
-    Attributes:
-        scale: w of v = v_null + w·(v_cond − v_null); 1 is no guidance.
-        channels: How many of the first latent channels are guided; None guides all.
-        interval: Noise fractions between which guidance is on, in the time that the model receives.
-    """
-
-    scale: float = attrs.field(default=1.0, validator=_not_negative)
-    channels: int | None = attrs.field(default=None, validator=_optional_positive)
-    interval: tuple[float, float] = (0.0, 1.0)
-
-    def __attrs_post_init__(self) -> None:
-        if not 0.0 <= self.interval[0] < self.interval[1] <= 1.0:
-            raise ConfigError(
-                f"guidance.interval is {list(self.interval)}; it must be [low, high] with 0 ≤ low < high ≤ 1."
-            )
 
 
 @attrs.frozen(kw_only=True)
@@ -488,7 +468,8 @@ class Recipe:
                 )
             references = {"teacher": stage.teacher if stage.teacher != "start" else None}
             for number, loss in enumerate(stage.losses):
-                references[f"losses[{number}].critic.carry"] = loss.critic and loss.critic.carry
+                if loss.critic is not None:
+                    references[f"losses[{number}].critic.carry"] = loss.critic.carry
             for key, name in references.items():
                 if name is not None and name not in seen:
                     raise ConfigError(

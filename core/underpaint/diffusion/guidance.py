@@ -1,60 +1,92 @@
-"""Classifier-free guidance of a velocity field."""
+"""Guidance of a velocity field: away from the unconditional one, or from that of a weaker model."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from underpaint.config.schema import GuidanceConfig
+from underpaint.config.diffusion import GuidanceConfig
+from underpaint.diffusion.paths import Velocity
 from underpaint.errors import ConfigError
-from underpaint.interfaces.backbone import Backbone
-from underpaint.interfaces.conditioner import Condition
+from underpaint.interfaces.conditioner import Condition, Conditioner
 from underpaint.interfaces.sampler import VelocityField
 
-__all__ = ["guided_field"]
+__all__ = ["check_guidance", "guided_field", "null_condition"]
 
 
-def guided_field(backbone: Backbone, condition: Condition, null: Condition, guidance: GuidanceConfig) -> VelocityField:
-    """Return the velocity field that a sampler follows.
-
-    v = v_null + w·(v_cond − v_null) (Ho & Salimans 2022, eq. 6), for the first `channels` latent channels and for
-    t within `interval`, both ends included (Kynkäänniemi et al. 2024); v_cond elsewhere. t is what the model
-    receives: after any shift of the sampler's grid. Both velocities come from one pass over a doubled batch; where
-    guidance is off, and at scale 1, the backbone sees the plain batch.
-
-    Args:
-        backbone: Network.
-        condition: Condition of the B samples.
-        null: Unconditional condition of the B samples.
-        guidance: Scale, channels, interval.
+def check_guidance(guidance: GuidanceConfig, channels: int) -> None:
+    """Refuse to guide more channels than the latents have.
 
     Raises:
-        ConfigError: (by the field) More channels are to be guided than the latent has.
+        ConfigError: It does.
+    """
+    if guidance.channels is not None and guidance.channels > channels:
+        raise ConfigError(
+            f"guidance.channels is {guidance.channels}, and the latent has {channels} channels; "
+            "give fewer, or null to guide all."
+        )
+
+
+def null_condition(conditioner: Conditioner, batch: int, device: torch.device) -> Condition:
+    """Return the unconditional condition of B samples.
+
+    Raises:
+        ConfigError: The conditioner has none: its `null` raises NotImplementedError.
+    """
+    try:
+        return conditioner.null(batch, device)
+    except NotImplementedError:
+        raise ConfigError(
+            f"guidance.scale is set, and the conditioner '{conditioner.spec.name}' has no null condition to guide away "
+            "from; set the scale to 1, or name a weaker generator as guidance.weak."
+        ) from None
+
+
+def guided_field(
+    velocity: Velocity,
+    condition: Condition,
+    guidance: GuidanceConfig,
+    *,
+    null: Condition | None = None,
+    weak: VelocityField | None = None,
+) -> VelocityField:
+    """Return the velocity field that a sampler follows.
+
+    v = v_other + w·(v_cond − v_other) (Ho & Salimans 2022, eq. 6; Karras et al. 2024, eq. 3 with v_other of a weaker
+    model), for the first `channels` latent channels and for t within `interval`, both ends included (Kynkäänniemi et
+    al. 2024); v_cond elsewhere. t is what the field receives: after any shift of the sampler's grid. With a null
+    condition both velocities come from one pass over a doubled batch. Where guidance is off, and at scale 1, the
+    model sees the plain batch and the weaker model nothing.
+
+    Args:
+        velocity: The model.
+        condition: Condition of the B samples.
+        guidance: Scale, channels, interval.
+        null: Unconditional condition of the B samples, to guide away from.
+        weak: Velocity of a weaker model, to guide away from instead.
     """
     low, high = guidance.interval
     always = (low, high) == (0.0, 1.0)
-    both = None if guidance.scale == 1.0 else Condition.join(condition, null)
+    off = guidance.scale == 1.0
+    assert off or (null is None) != (weak is None)
+    both = None if null is None or off else Condition.join(condition, null)
 
-    def predict(x_t: Tensor, t: Tensor, given: Condition) -> Tensor:
-        velocity: Tensor = backbone(x_t, t, given).velocity
-        return velocity
+    def pair(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        if both is not None:
+            first, second = velocity(torch.cat((x_t, x_t)), torch.cat((t, t)), both).chunk(2)
+            return first, second
+        assert weak is not None
+        return velocity(x_t, t, condition), weak(x_t, t)
 
     def field(x_t: Tensor, t: Tensor) -> Tensor:
-        if both is None:
-            return predict(x_t, t, condition)
-        count = x_t.shape[1] if guidance.channels is None else guidance.channels
-        if count > x_t.shape[1]:
-            raise ConfigError(
-                f"guidance.channels is {count}, and the latent has {x_t.shape[1]} channels; "
-                "give fewer, or null to guide all."
-            )
         inside = (t >= low) & (t <= high)
         # Reading the decision waits for the device, and saves half the work of the steps outside.
-        if not always and not bool(inside.any()):
-            return predict(x_t, t, condition)
-        conditional, unconditional = predict(torch.cat((x_t, x_t)), torch.cat((t, t)), both).chunk(2)
-        guided = unconditional + guidance.scale * (conditional - unconditional)
+        if off or (not always and not bool(inside.any())):
+            return velocity(x_t, t, condition)
+        conditional, other = pair(x_t, t)
+        guided = other + guidance.scale * (conditional - other)
         guided = torch.where(inside.view(-1, 1, 1, 1), guided, conditional)
-        return torch.cat((guided[:, :count], conditional[:, count:]), dim=1)
+        count = guidance.channels
+        return guided if count is None else torch.cat((guided[:, :count], conditional[:, count:]), dim=1)
 
     return field

@@ -133,6 +133,15 @@ def measure_generation(
             )
     device = next(generator.backbone.parameters()).device
     settings = SamplingSettings(sampler=config.sampler, guidance=config.guidance)
+    # Before anything is drawn: what is wrong with the settings is said at once.
+    protocol = {
+        **facts,
+        "compared": "samples with images",
+        "samples": count,
+        **generator.protocol(settings),
+        "labels": config.labels,
+        "seed": config.seed,
+    }
     images: list[NDArray[np.uint8]] = []
     labels: list[NDArray[np.int64]] = []
     shown = 0
@@ -151,16 +160,6 @@ def measure_generation(
         for metric in metrics:
             if metric.needs_references:
                 metric.update(None, to_tensor(batch.images.to(device)))
-    sampler = manager().create("sampler", config.sampler.name, **config.sampler.options)
-    protocol = {
-        **facts,
-        "compared": "samples with images",
-        "samples": count,
-        "sampler": dict(sampler.protocol()),
-        "guidance": attrs.asdict(config.guidance),
-        "labels": config.labels,
-        "seed": config.seed,
-    }
     found = Shown(
         np.concatenate(images) if images else np.zeros((0, 1, 1, 3), np.uint8),
         labels=np.concatenate(labels) if labels else np.zeros(0, np.int64),

@@ -9,7 +9,8 @@ what was compared      ``metric``, ``images`` and ``references`` (how many), ``i
 features               ``extractor``, ``weights`` (hash), ``features``, ``resize``, ``random_features``,
                        ``rank_deficient``, ``reference_file`` (hash)
 labels                 label protocol: balanced or random
-sampling               sampler, steps, guidance scale, interval and channels, seed
+sampling               solver, grid points, evaluations, shift; guidance scale, interval, channels and the hash of a
+                       weaker model; seed
 =====================  ==============================================================================
 """
 

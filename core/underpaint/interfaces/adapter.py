@@ -65,3 +65,7 @@ class Adapter(nn.Module, Component, ABC):
     @abstractmethod
     def forward(self, features: Features) -> Posterior:
         """Return the posterior of B×d×h×w latents."""
+
+    def last_layer(self) -> nn.Parameter | None:
+        """Return the weight where gradient ratios are measured, or None when there is none."""
+        return None

@@ -45,6 +45,7 @@ class StepTensors:
         inputs: B×3×H×W images in [-1, 1] that the encoder was given.
         images: B×3×H×W images in [-1, 1] that the reconstruction should equal: `inputs`, but under equivariance
             regularisation a resized and rotated view of them.
+        labels: B class indices, or None when the data set has no labels.
         encoder: The encoder of the stage itself, for losses that run it on further views.
         features: The encoder's features of `inputs`.
         posterior: The latent posterior.
@@ -63,6 +64,7 @@ class StepTensors:
     step: int
     inputs: Tensor | None = None
     images: Tensor | None = None
+    labels: Tensor | None = None
     encoder: Encoder | None = None
     features: Features | None = None
     posterior: Posterior | None = None

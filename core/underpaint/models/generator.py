@@ -9,13 +9,17 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from underpaint.config.schema import ComponentConfig, GuidanceConfig
-from underpaint.diffusion.guidance import guided_field
-from underpaint.errors import DataError
+from underpaint.config.diffusion import GuidanceConfig, PathName, Predicts
+from underpaint.config.schema import ComponentConfig
+from underpaint.diffusion.guidance import check_guidance, guided_field, null_condition
+from underpaint.diffusion.paths import linear_velocity
+from underpaint.errors import ConfigError, DataError
 from underpaint.interfaces.backbone import Backbone
 from underpaint.interfaces.conditioner import Conditioner
+from underpaint.interfaces.sampler import Sampler, VelocityField
 from underpaint.models.tokenizer import Tokenizer
 from underpaint.registration.manager import manager
+from underpaint.weights import tensor_hash
 
 __all__ = ["Generator", "SamplingSettings"]
 
@@ -26,7 +30,7 @@ class SamplingSettings:
 
     Attributes:
         sampler: Solver.
-        guidance: Classifier-free guidance.
+        guidance: Guidance by the null condition or by a weaker model.
     """
 
     sampler: ComponentConfig = attrs.field(factory=lambda: ComponentConfig(name="euler"))
@@ -38,12 +42,17 @@ class Generator(nn.Module):
 
     Attributes:
         tokenizer: Decodes the latents; its statistics undo the standardisation.
-        backbone: Predicts the velocity.
+        backbone: Predicts `predicts` on `path`.
         conditioner: Makes conditions.
         grid: Height and width of the latents it was trained on.
         classes: Name of each label, or empty.
         settings: How to sample unless asked otherwise.
         about: Plain facts about how it was made.
+        path: Path between data and noise that the backbone was trained on.
+        predicts: What its output is.
+
+    Raises:
+        ConfigError: The settings do not fit the latents.
     """
 
     def __init__(
@@ -56,6 +65,8 @@ class Generator(nn.Module):
         classes: Sequence[str] = (),
         settings: SamplingSettings | None = None,
         about: Mapping[str, Any] | None = None,
+        path: PathName = "linear",
+        predicts: Predicts = "velocity",
     ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
@@ -65,6 +76,11 @@ class Generator(nn.Module):
         self.classes = tuple(classes)
         self.settings = settings or SamplingSettings()
         self.about: dict[str, Any] = dict(about or {})
+        self.path = path
+        self.predicts = predicts
+        # The weaker model last used, by location. In a dict, so that it is no submodule.
+        self._weak: dict[str, Generator] = {}
+        check_guidance(self.settings.guidance, tokenizer.latent_channels)
 
     @torch.no_grad()
     def latents(
@@ -85,20 +101,95 @@ class Generator(nn.Module):
 
         Returns:
             B×d×h×w.
+
+        Raises:
+            ConfigError: The settings do not fit the model, or ask for what it lacks.
+            DataError: The inputs are not what the conditioner accepts, or the samples are not finite.
         """
         settings = settings or self.settings
         device = next(self.backbone.parameters()).device
         if len(seeds) != len(inputs):
             raise DataError(f"{len(seeds)} seeds were given for {len(inputs)} samples; give one seed each.")
+        self._check_inputs(inputs)
+        sampler = _sampler(settings)
+        field = self._field(inputs, settings.guidance, device)
         shape = (self.tokenizer.latent_channels, *(grid or self.grid))
         noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(device)
-        condition = self.conditioner(inputs)
-        null = self.conditioner.null(len(seeds), device)
-        field = guided_field(self.backbone, condition, null, settings.guidance)
-        sampler = manager().create("sampler", settings.sampler.name, **settings.sampler.options)
         generator = torch.Generator(device=device).manual_seed(seeds[0])
-        latents: Tensor = sampler.sample(field, noise, generator)
+        latents = sampler.sample(field, noise, generator)
+        if not bool(torch.isfinite(latents).all()):
+            raise DataError(
+                "The sampled latents are not finite; look for a diverged model in the training log, or sample with a "
+                "smaller guidance scale."
+            )
         return latents
+
+    def protocol(self, settings: SamplingSettings | None = None) -> dict[str, Any]:
+        """Return solver and guidance as plain values, for the protocol of a number; a weaker model by its hash."""
+        settings = settings or self.settings
+        guidance = attrs.asdict(settings.guidance)
+        if settings.guidance.weak is not None:
+            weak = self._weaker(settings.guidance.weak)
+            parts = torch.nn.ModuleDict({"backbone": weak.backbone, "conditioner": weak.conditioner})
+            guidance["weak"] = {
+                "backbone": weak.backbone.spec.name,
+                "path": weak.path,
+                "predicts": weak.predicts,
+                "weights": tensor_hash(parts.state_dict())[:32],
+            }
+        return {"sampler": dict(_sampler(settings).protocol()), "guidance": guidance}
+
+    def _field(self, inputs: Tensor | Sequence[str], guidance: GuidanceConfig, device: torch.device) -> VelocityField:
+        check_guidance(guidance, self.tokenizer.latent_channels)
+        velocity = linear_velocity(self.backbone, self.path, self.predicts)
+        condition = self.conditioner(inputs)
+        if guidance.scale == 1.0:
+            return guided_field(velocity, condition, guidance)
+        if guidance.weak is None:
+            null = null_condition(self.conditioner, len(inputs), device)
+            return guided_field(velocity, condition, guidance, null=null)
+        weaker = self._weaker(guidance.weak)
+        weaker.backbone.to(device)
+        weaker.conditioner.to(device)
+        weak = weaker._field(inputs, GuidanceConfig(), device)
+        return guided_field(velocity, condition, guidance, weak=weak)
+
+    def _weaker(self, location: str) -> Generator:
+        """Load the model that is guided away from; its latents must be ours.
+
+        Raises:
+            ConfigError: The folder holds no generator, or one for other latents or inputs.
+        """
+        if location not in self._weak:
+            from underpaint.models.folders import load_folder
+
+            weak = load_folder(location)
+            if not isinstance(weak, Generator):
+                raise ConfigError(f"guidance.weak is '{location}', which holds a tokenizer; name a generator's folder.")
+            if not _same_latents(weak.tokenizer, self.tokenizer):
+                raise ConfigError(
+                    f"guidance.weak is '{location}', whose latents are another tokenizer's or standardised by other "
+                    "statistics; name a generator that was trained on the latents of this one."
+                )
+            if weak.conditioner.accepts != self.conditioner.accepts or weak.classes != self.classes:
+                raise ConfigError(
+                    f"guidance.weak is '{location}', which was trained on other classes or captions; name a generator "
+                    "that was trained on the data of this one."
+                )
+            self._weak = {location: weak}
+        return self._weak[location]
+
+    def _check_inputs(self, inputs: Tensor | Sequence[str]) -> None:
+        wants, given = self.conditioner.accepts, "label" if isinstance(inputs, Tensor) else "text"
+        if wants != given:
+            raise DataError(f"The conditioner '{self.conditioner.spec.name}' takes {wants}s, and was given {given}s.")
+        if isinstance(inputs, Tensor) and self.classes:
+            wrong = inputs[(inputs < 0) | (inputs >= len(self.classes))]
+            if wrong.numel():
+                raise DataError(
+                    f"The label {int(wrong[0])} was given to a generator of {len(self.classes)} classes; "
+                    f"labels are 0 to {len(self.classes) - 1}."
+                )
 
     @torch.no_grad()
     def sample(
@@ -132,3 +223,14 @@ class Generator(nn.Module):
         for start in range(0, count, batch):
             end = min(start + batch, count)
             yield every[start:end], range(seed + start, seed + end)
+
+
+def _sampler(settings: SamplingSettings) -> Sampler:
+    sampler = manager().create("sampler", settings.sampler.name, **settings.sampler.options)
+    assert isinstance(sampler, Sampler)
+    return sampler
+
+
+def _same_latents(a: Tokenizer, b: Tokenizer) -> bool:
+    moments = [None if t.statistics is None else (t.statistics.mean, t.statistics.std) for t in (a, b)]
+    return moments[0] == moments[1] and a.fingerprint() == b.fingerprint()

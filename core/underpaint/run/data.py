@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from underpaint.config.schema import DataConfig, LatentsConfig
 from underpaint.data.latents import CacheIdentity, LatentCache, LatentCacheWriter
-from underpaint.data.loader import Batch, ImagePass
+from underpaint.data.loader import Batch, ImageLoader, ImagePass
 from underpaint.data.order import Order
+from underpaint.data.resident import ResidentImages
 from underpaint.data.sources import open_dataset, split
 from underpaint.data.transforms import Crop, to_tensor
 from underpaint.errors import ConfigError
@@ -77,6 +78,42 @@ class RunData:
             workers=0,
             max_broken=self.config.max_broken,
         )
+
+    def train_batches(self, batch: int, *, seed: int, start: int, accumulation: int, ranks: Ranks) -> Iterator[Batch]:
+        """Read this rank's share of the training images, endlessly, from step `start` on."""
+        if self.config.memory:
+            yield from ResidentImages(
+                self.train,
+                transform=self.plain_crop(),
+                indices=self.train_indices,
+                device=ranks.device,
+                batch=batch,
+                seed=seed,
+                flip=self.config.flip,
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+                workers=self.config.workers,
+                start_step=start,
+                accumulation=accumulation,
+                max_broken=self.config.max_broken,
+            )
+        loader = ImageLoader(
+            self.train,
+            transform=self.train_crop(),
+            batch=batch,
+            seed=seed,
+            indices=self.train_indices,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            workers=self.config.workers,
+            start_step=start,
+            accumulation=accumulation,
+            max_broken=self.config.max_broken,
+        )
+        try:
+            yield from loader
+        finally:
+            loader.close()
 
     def facts(self) -> dict[str, object]:
         """Return what the provenance says of the data."""

@@ -27,9 +27,11 @@ from underpaint.models.tokenizer import Tokenizer
 from underpaint.registration.manager import manager
 from underpaint.run import provenance
 from underpaint.run.data import RunData, build_cache, cache_statistics, open_run_data
+from underpaint.run.diffusion_stage import run_diffusion_stage
 from underpaint.run.folder import RunFolder
 from underpaint.run.notes import write_notes
-from underpaint.run.stages import Session, run_diffusion_stage, run_tokenizer_stage
+from underpaint.run.session import Session
+from underpaint.run.tokenizer_stage import run_tokenizer_stage
 from underpaint.training.lock import RunLock
 from underpaint.training.ranks import Ranks
 

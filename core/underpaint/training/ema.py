@@ -19,11 +19,9 @@ class Ema:
 
     Args:
         masters: The fp32 shards that the optimizer of this rank updates, in place.
-        decay: β of ema ← β·ema + (1 − β)·weights, without warm-up: it starts at the weights themselves.
     """
 
-    def __init__(self, masters: Sequence[Tensor], decay: float) -> None:
-        self.decay = decay
+    def __init__(self, masters: Sequence[Tensor]) -> None:
         self._masters = [master.detach() for master in masters]
         self._shards = [master.clone() for master in self._masters]
 
@@ -31,9 +29,9 @@ class Ema:
         """Start again from the weights as they are."""
         torch._foreach_copy_(self._shards, self._masters)
 
-    def update(self) -> None:
-        """Take in the weights of one applied step."""
-        torch._foreach_lerp_(self._shards, self._masters, 1.0 - self.decay)
+    def update(self, decay: float) -> None:
+        """Take in the weights of one applied step: ema ← decay·ema + (1 − decay)·weights."""
+        torch._foreach_lerp_(self._shards, self._masters, 1.0 - decay)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:

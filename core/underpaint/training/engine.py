@@ -21,7 +21,7 @@ from underpaint.training.ema import Ema
 from underpaint.training.masters import MOMENTS, Group, Masters, ReplicatedMasters, ShardedMasters
 from underpaint.training.outputs import Boxed, close_outputs, open_outputs
 from underpaint.training.ranks import Ranks
-from underpaint.training.schedule import rate_factor
+from underpaint.training.schedule import ema_decay, rate_factor
 from underpaint.training.state import StateReader, write_state
 
 __all__ = ["Engine", "StepResult"]
@@ -89,6 +89,7 @@ class Engine:
         steps: Optimizer steps of the whole training, for the schedule.
         micro_batch: Samples of one forward on one rank.
         ema: Decay of the moving average, or None for none.
+        ema_ramp: Its ramp; see `ema_decay`.
         ranks: The processes; entered.
 
     Attributes:
@@ -111,6 +112,7 @@ class Engine:
         micro_batch: int,
         ema: float | None,
         ranks: Ranks,
+        ema_ramp: float | None = None,
     ) -> None:
         self.module = module
         self.ranks = ranks
@@ -137,7 +139,8 @@ class Engine:
             frozen = {name: p.detach() for name, p in module.named_parameters() if not p.requires_grad}
             self._frozen = {name: tensor.to("cpu", torch.float32, copy=True) for name, tensor in frozen.items()}
         self._masters, self._adam, self._deepspeed = self._initialize(micro_batch)
-        self._ema = None if ema is None else Ema(self._masters.shards, ema)
+        self._ema = None if ema is None else Ema(self._masters.shards)
+        self._ema_decay = (ema or 0.0, ema_ramp)
 
     def _initialize(self, micro_batch: int) -> tuple[Masters, torch.optim.AdamW, Any]:
         import deepspeed
@@ -267,7 +270,7 @@ class Engine:
         self._bad = 0
         self.train_state += 1
         if self._ema is not None:
-            self._ema.update()
+            self._ema.update(ema_decay(*self._ema_decay, self.train_state))
         return StepResult(norm, rates, skipped=False, applied=True)
 
     def _count_bad(self) -> None:
@@ -297,6 +300,18 @@ class Engine:
                 "The moving average was asked for, but 'ema' is null in this stage; use the raw weights."
             )
         return self._ema.swapped()
+
+    @contextlib.contextmanager
+    def using(self, kind: str) -> Iterator[None]:
+        """Context in which `module` computes with the weights of `kind`, for measurements. Every rank enters it.
+
+        Args:
+            kind: ``raw`` or ``ema``.
+        """
+        with self._averaged(kind):
+            self._masters.publish()
+            yield
+        self._masters.publish()
 
     def state(self, kind: str) -> dict[str, Tensor]:
         """Gather the full state dict in fp32. Every rank calls it.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import attrs
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from underpaint.config.schema import EngineConfig
 from underpaint.training.checkpoint import CheckpointStore
-from underpaint.training.engine import Engine
+from underpaint.training.engine import StepResult
 from underpaint.training.log import StageLog
 from underpaint.training.ranks import Ranks
 from underpaint.training.signals import StopRequest
@@ -37,10 +38,13 @@ class Stopped(Exception):  # noqa: N818 - an outcome, not a failure
 
 
 class StageStep(Protocol):
-    """Computes the loss of a micro-batch through the engine."""
+    """Trains on a micro-batch: forward, backward and the engines' step."""
 
-    def __call__(self, engine: Engine, batch: Any, step: int, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the scalar to minimise and the named terms to log, all on the device."""
+    def __call__(self, batch: Any, step: int, micro: int) -> tuple[Mapping[str, Tensor], StepResult]:
+        """Return the named terms to log, on the device, and what the main engine did.
+
+        A term is a scalar, or a sum and its count as two values where a step may have nothing to add.
+        """
 
 
 @attrs.frozen(kw_only=True)
@@ -61,7 +65,6 @@ class LoopResult:
 def train_loop(
     *,
     name: str,
-    engine: Engine,
     batches: Iterator[Any],
     step_fn: StageStep,
     start: int,
@@ -70,10 +73,12 @@ def train_loop(
     flops_per_image: float,
     peak: float,
     config: EngineConfig,
+    save: Callable[[Path], None],
     store: CheckpointStore,
     log: StageLog | None,
     ranks: Ranks,
     stop: StopRequest,
+    enough: Callable[[int], bool],
     call: Callable[..., None],
 ) -> LoopResult:
     """Train from step `start` to `steps`.
@@ -83,19 +88,20 @@ def train_loop(
 
     Args:
         name: Name of the stage.
-        engine: Trained module.
         batches: Endless micro-batches of this rank, already at position `start`.
-        step_fn: Computes the loss of a micro-batch.
+        step_fn: Trains on a micro-batch.
         start: Optimizer steps done before.
         steps: Optimizer steps to reach.
         images_per_step: Global batch.
         flops_per_image: Forward and backward, per image.
         peak: Peak FLOP/s of one device.
         config: Logging, checkpoint and accumulation settings.
+        save: Writes the state of all engines into a folder.
         store: Where checkpoints go.
         log: Log of the main rank, None elsewhere.
         ranks: The processes of the run.
         stop: Set by signals.
+        enough: Whether the stage may end after a step, the same answer on every rank.
         call: Calls a lifecycle hook.
 
     Raises:
@@ -105,24 +111,22 @@ def train_loop(
     waited = 0.0
     skipped = 0
     sums: dict[str, Tensor] = {}
-    counted = 0
     logged_step = start
+    done = start
     for step in range(start, steps):
         for micro in range(config.accumulation):
             waiting = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - waiting
-            loss, terms = step_fn(engine, batch, step, micro)
-            engine.backward(loss)
-            for key, value in {"loss": loss, **terms}.items():
+            terms, result = step_fn(batch, step, micro)
+            for key, value in terms.items():
                 value = value.detach().float()
-                sums[key] = sums[key] + value if key in sums else value
-            counted += 1
-            result = engine.step()
+                pair = value if value.ndim else torch.stack([value, torch.ones_like(value)])
+                sums[key] = sums[key] + pair if key in sums else pair
         skipped += result.skipped
         done = step + 1
         if done % config.log_every == 0 or done == steps:
-            values = _mean_over_ranks(sums, counted, ranks)
+            values = _mean_over_ranks(sums, ranks)
             now = time.perf_counter()
             elapsed = max(now - last, 1e-9)
             rate = (done - logged_step) * images_per_step / elapsed
@@ -140,20 +144,23 @@ def train_loop(
             if log is not None:
                 log.row(done, values)
             call("on_step_end", stage=name, step=done, scalars=values)
-            sums, counted, waited, last, logged_step = {}, 0, 0.0, now, done
+            sums, waited, last, logged_step = {}, 0.0, now, done
         signal = stop.requested
         if ranks.world_size > 1:
             signals = ranks.all_gather_object(signal) if _due(done, config) else [None]
             signal = next((s for s in signals if s), None)
-        if signal or done % config.checkpoint_every == 0 or done == steps:
-            checkpoint = store.save(done, engine.save, {"stage": name, "skipped": skipped})
+        finished = done == steps or enough(done)
+        if signal or done % config.checkpoint_every == 0 or finished:
+            checkpoint = store.save(done, save, {"stage": name, "skipped": skipped})
             if checkpoint is not None:
                 call("on_checkpoint_saved", stage=name, step=done, checkpoint=checkpoint.folder)
             if done == logged_step:
                 last = time.perf_counter()
-        if signal and done < steps:
+        if finished:
+            break
+        if signal:
             raise Stopped(signal, done)
-    return LoopResult(steps=steps, skipped=skipped, seconds=time.perf_counter() - begin)
+    return LoopResult(steps=done, skipped=skipped, seconds=time.perf_counter() - begin)
 
 
 def _due(step: int, config: EngineConfig) -> bool:
@@ -166,11 +173,13 @@ def _rates(lr: dict[str, float]) -> dict[str, float]:
     return {"": next(iter(values))} if len(values) == 1 else lr
 
 
-def _mean_over_ranks(sums: dict[str, Tensor], counted: int, ranks: Ranks) -> dict[str, float]:
-    stacked = torch.stack([sums[key] for key in sorted(sums)]) / max(counted, 1)
+def _mean_over_ranks(sums: dict[str, Tensor], ranks: Ranks) -> dict[str, float]:
+    """Divide sums by counts over all ranks; a term that nothing was added to is left out."""
+    stacked = torch.stack([sums[key] for key in sorted(sums)])
     if ranks.world_size > 1:
-        stacked = ranks.all_reduce_sum(stacked) / ranks.world_size
-    return dict(zip(sorted(sums), stacked.tolist(), strict=True))
+        stacked = ranks.all_reduce_sum(stacked)
+    pairs = dict(zip(sorted(sums), stacked.tolist(), strict=True))
+    return {key: total / count for key, (total, count) in pairs.items() if count}
 
 
 def _memory(device: torch.device) -> float:

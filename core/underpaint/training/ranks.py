@@ -238,6 +238,12 @@ class Ranks:
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._objects)
         return bool(flag.item())
 
+    def average(self, tensor: Tensor) -> Tensor:
+        """Return the mean of `tensor` over the ranks."""
+        if self.world_size == 1:
+            return tensor
+        return self.all_reduce_sum(tensor.clone()) / self.world_size
+
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Add up `tensor` over the ranks, in place, and return it; CPU and GPU tensors both work."""
         group = self._objects if tensor.device.type == "cpu" else dist.group.WORLD

@@ -2,37 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from underpaint.config.schema import StageConfig
+from underpaint.config.schema import EquivarianceConfig, StageConfig
 from underpaint.data.transforms import to_tensor
-from underpaint.errors import DataError
+from underpaint.errors import ConfigError, DataError, suggest
 from underpaint.interfaces.adapter import Posterior
 from underpaint.interfaces.decoder import Reconstruction
 from underpaint.interfaces.encoder import Features
-from underpaint.interfaces.loss import StepTensors
+from underpaint.interfaces.loss import StepSizes, StepTensors
 from underpaint.models.tokenizer import Tokenizer
+from underpaint.training.equivariance import View, draw_view, resized, turned_latents
 from underpaint.training.terms import WeightedLosses
 
-__all__ = ["TokenizerModule", "check_teacher", "tokenizer_losses"]
+__all__ = ["TokenizerModule", "check_teacher", "tokenizer_losses", "tokenizer_sizes"]
 
 _PARTS = ("encoder", "adapter", "decoder")
+_MADE = frozenset({"posterior", "latents", "reconstruction"})
 
 
-def tokenizer_losses(stage: StageConfig, index: int, device: torch.device) -> WeightedLosses:
+def tokenizer_sizes(tokenizer: Tokenizer, height: int, width: int) -> StepSizes:
+    """Return what losses may need to know of a tokenizer, for images of a size."""
+    return StepSizes(
+        image=(height, width),
+        latent_channels=tokenizer.latent_channels,
+        grid=tokenizer.grid(height, width),
+        feature_channels=tokenizer.encoder.info.channels,
+    )
+
+
+def tokenizer_losses(
+    stage: StageConfig,
+    index: int,
+    device: torch.device,
+    sizes: StepSizes,
+    *,
+    has_labels: bool = False,
+    average: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> WeightedLosses:
     """Make the losses of a tokenizer stage.
 
     Raises:
         ConfigError: One of them needs what the stage does not have, such as a teacher.
     """
-    available = {"step", "images", "features", "posterior", "reconstruction"}
+    available = {"step", "inputs", "images", "encoder", "features", "posterior", "latents", "reconstruction"}
+    if has_labels:
+        available.add("labels")
     if stage.teacher is not None:
         available |= {"reference_features", "reference_posterior"}
-    return WeightedLosses(stage.losses, available=frozenset(available), device=device, path=f"stages[{index}].losses")
+    return WeightedLosses(
+        stage.losses,
+        available=frozenset(available),
+        sizes=sizes,
+        device=device,
+        path=f"stages[{index}].losses",
+        average=average,
+    )
 
 
 def check_teacher(teacher: Tokenizer, student: Tokenizer, stage: StageConfig) -> None:
@@ -51,16 +80,24 @@ def check_teacher(teacher: Tokenizer, student: Tokenizer, stage: StageConfig) ->
 
 
 class TokenizerModule(nn.Module):
-    """What the engine trains: encoder, adapter and decoder, with the loss computed inside ``forward``.
+    """What the engine trains: encoder, adapter, decoder and the losses' heads, with the loss computed in ``forward``.
 
     Parts that the stage does not train are frozen, in evaluation mode, and run without gradients when nothing
-    before them learns. The teacher and the losses are not submodules: they are neither trained nor saved.
+    before them learns. Parts that no loss asks for are not run. The teacher and the losses that do not train are not
+    submodules: they are neither trained nor saved.
 
     Args:
         tokenizer: The model to train, modified in place.
-        trains: Parts that learn.
+        trains: Parts that learn, or submodules of them such as ``decoder.heads``.
         losses: Weighted losses.
         teacher: Frozen tokenizer whose latents are the reference, or None.
+        equivariance: Equivariance regularisation, or None.
+
+    Attributes:
+        learning: The modules that learn, by name; the heads of the losses are ``losses``.
+
+    Raises:
+        ConfigError: `trains` names no part of this tokenizer, or an adaptive weight has nothing to be measured at.
     """
 
     def __init__(
@@ -69,54 +106,127 @@ class TokenizerModule(nn.Module):
         trains: Sequence[str],
         losses: WeightedLosses,
         teacher: Tokenizer | None = None,
+        equivariance: EquivarianceConfig | None = None,
     ) -> None:
         super().__init__()
         self.encoder = tokenizer.encoder
         self.adapter = tokenizer.adapter
         self.decoder = tokenizer.decoder
-        self._trains = frozenset(trains)
+        self.losses = losses.heads
+        self._equivariance = equivariance
+        self._stride = tokenizer.stride
         self._outside: tuple[Any, ...] = (losses, None if teacher is None else teacher.eval().requires_grad_(False))
         for name in _PARTS:
-            getattr(self, name).requires_grad_(name in self._trains)
+            getattr(self, name).requires_grad_(False)
+        self.learning: dict[str, nn.Module] = {path: _submodule(self, path) for path in trains}
+        for module in self.learning.values():
+            module.requires_grad_(True)
+        if len(self.losses):
+            self.learning["losses"] = self.losses
+        self._learns = [any(path.partition(".")[0] == name for path in trains) for name in _PARTS]
+        self._layers: dict[str, nn.Parameter] = {at: self._last_layer(at) for at in losses.adaptive}
         self.train()
 
+    def _last_layer(self, part: str) -> nn.Parameter:
+        layer = getattr(self, part).last_layer()
+        name = getattr(self, part).spec.name
+        if not isinstance(layer, nn.Parameter):
+            raise ConfigError(
+                f"An adaptive weight is measured at the last layer of the {part}, and '{name}' declares none; "
+                "give the loss a fixed weight."
+            )
+        if not layer.requires_grad:
+            raise ConfigError(
+                f"An adaptive weight is measured at the last layer of the {part}, which this stage does not train; "
+                "give the loss a fixed weight, or train the part."
+            )
+        return layer
+
     def train(self, mode: bool = True) -> TokenizerModule:
-        """Set training mode for the parts that learn; the others stay in evaluation mode."""
+        """Set training mode for what learns; the rest stays in evaluation mode."""
         self.training = mode
         for name in _PARTS:
-            getattr(self, name).train(mode and name in self._trains)
+            getattr(self, name).train(False)
+        for module in self.learning.values():
+            module.train(mode)
         return self
 
-    def forward(self, pixels: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the weighted loss and its terms for B×H×W×3 uint8 images.
+    def forward(
+        self, pixels: Tensor, step: int, labels: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor], StepTensors]:
+        """Compute the loss of B×H×W×3 uint8 images.
 
         Losses are computed in float32 whatever the precision of the parts.
+
+        Returns:
+            The weighted loss; its terms; what critics judge, images and reconstruction, detached.
         """
+        losses: WeightedLosses
         losses, teacher = self._outside
         images = to_tensor(pixels)
-        given = images.to(next(self.adapter.parameters()).dtype)
-        with torch.set_grad_enabled("encoder" in self._trains and torch.is_grad_enabled()):
-            features = self.encoder(given)
-        with torch.set_grad_enabled(bool({"encoder", "adapter"} & self._trains) and torch.is_grad_enabled()):
-            posterior = self.adapter(features)
-            latents = posterior.sample() if self.training else posterior.mode()
-        reconstruction = self.decoder(latents)
-        tensors = StepTensors(
-            step=step,
-            images=images,
-            features=_float_features(features),
-            posterior=_float_posterior(posterior),
-            reconstruction=Reconstruction(
-                reconstruction.image.float(), tuple(image.float() for image in reconstruction.pyramid)
-            ),
-        )
+        view = View()
+        if self._equivariance is not None and self.training:
+            view = draw_view(self._equivariance, square=images.shape[-2] == images.shape[-1])
+        inputs = self._shrunk(images, view.input_scale)
+        # Without an adapter that learns or a part that is run, the encoder's own type decides.
+        dtype = next(self.encoder.parameters()).dtype
+        given = inputs.to(dtype)
+        tensors = StepTensors(step=step, inputs=inputs, images=inputs, labels=labels, encoder=self.encoder)
+        encoder_learns, adapter_learns, _ = self._learns
+        recording = torch.is_grad_enabled()
+        if losses.needs & (_MADE | {"features"}):
+            with torch.set_grad_enabled(encoder_learns and recording):
+                features = self.encoder(given)
+            tensors.features = _float_features(features)
+            if losses.needs & _MADE:
+                with torch.set_grad_enabled((encoder_learns or adapter_learns) and recording):
+                    posterior = self.adapter(features)
+                    latents = posterior.sample() if self.training else posterior.mode()
+                tensors.posterior = _float_posterior(posterior)
+                tensors.latents = latents.float()
+                if "reconstruction" in losses.needs:
+                    made = self.decoder(turned_latents(latents, view))
+                    tensors.reconstruction = Reconstruction(
+                        made.image.float(), tuple(image.float() for image in made.pyramid)
+                    )
+                    tensors.images = self._target(images, inputs, view, made.image)
         if teacher is not None:
             with torch.no_grad():
                 reference = teacher.encoder(given.to(next(teacher.parameters()).dtype))
                 tensors.reference_features = _float_features(reference)
                 tensors.reference_posterior = _float_posterior(teacher.adapter(reference))
-        total, terms = losses(tensors)
-        return total, terms
+        total, terms = losses(tensors, self._layers)
+        shown = StepTensors(step=step, images=tensors.images)
+        if tensors.reconstruction is not None:
+            shown.reconstruction = Reconstruction(
+                tensors.reconstruction.image.detach(), tuple(i.detach() for i in tensors.reconstruction.pyramid)
+            )
+        return total, terms, shown
+
+    def _shrunk(self, images: Tensor, scale: float) -> Tensor:
+        if scale == 1.0:
+            return images
+        sides = (max(1, round(side * scale / self._stride)) * self._stride for side in images.shape[-2:])
+        return resized(images, *sides)
+
+    def _target(self, images: Tensor, inputs: Tensor, view: View, made: Tensor) -> Tensor:
+        if view.latent_scale == 1.0 and not view.turns:
+            return inputs
+        height, width = made.shape[-2:]
+        if view.turns % 2:
+            height, width = width, height
+        return torch.rot90(resized(images, height, width), view.turns, (-2, -1))
+
+
+def _submodule(module: nn.Module, path: str) -> nn.Module:
+    node = module
+    for depth, name in enumerate(path.split(".")):
+        children = dict(node.named_children())
+        if name not in children:
+            place = ".".join(path.split(".")[:depth])
+            raise ConfigError(f"trains names '{path}', but '{place}' has no '{name}'. {suggest(name, children)}")
+        node = children[name]
+    return node
 
 
 def _float_features(features: Features) -> Features:

@@ -1,0 +1,148 @@
+"""Runs one tokenizer stage of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from underpaint.config.schema import StageConfig
+from underpaint.data.loader import Batch
+from underpaint.errors import ConfigError
+from underpaint.evaluation.measure import make_metrics, measure_reconstruction
+from underpaint.models.build import load_tokenizer
+from underpaint.models.folders import copy_tokenizer, save_tokenizer
+from underpaint.models.tokenizer import Tokenizer
+from underpaint.run.session import Session
+from underpaint.run.training import StagePlan, train_stage
+from underpaint.training.critics import carry_critic
+from underpaint.training.engine import Engine
+from underpaint.training.flops import count_flops
+from underpaint.training.loop import LoopResult
+from underpaint.training.stopping import StopRule
+from underpaint.training.tokenizer_stage import TokenizerModule, check_teacher, tokenizer_losses, tokenizer_sizes
+
+__all__ = ["run_tokenizer_stage"]
+
+_PARTS = ("encoder.", "adapter.", "decoder.")
+
+
+def run_tokenizer_stage(session: Session, index: int, tokenizer: Tokenizer) -> LoopResult:
+    """Train one tokenizer stage and export its result to ``stages/NAME/tokenizer``.
+
+    The parts that the stage does not train are exported bit by bit as they came in.
+
+    Args:
+        session: The run.
+        index: Which stage of the recipe.
+        tokenizer: Where it starts: the previous stage's result, in evaluation mode on the CPU.
+    """
+    ranks, data = session.ranks, session.data
+    stage = session.recipe.stages[index]
+    seed = session.stage_seed(index)
+    teacher = _teacher(session, stage, tokenizer)
+    sizes = tokenizer_sizes(tokenizer, data.config.height, data.config.width)
+    has_labels = bool(data.classes)
+    losses = tokenizer_losses(stage, index, ranks.device, sizes, has_labels=has_labels, average=ranks.average)
+    for item in losses.adversaries:
+        if item.config.critic is not None and item.config.critic.carry is not None:
+            earlier = item.config.critic.carry
+            carry_critic(item, session.folder.stage(earlier) / "critics", earlier)
+    if losses.adaptive and session.recipe.engine.zero == 3:
+        raise ConfigError(
+            f"Stage '{stage.name}' has adaptive weights, and engine.zero is 3, which leaves no rank with the whole "
+            "layer that they are measured at; set engine.zero to 2 or less."
+        )
+    module = TokenizerModule(tokenizer.to(ranks.device), stage.trains, losses, teacher, stage.equivariance)
+    blank = torch.randint(0, 256, (1, *sizes.image, 3), dtype=torch.uint8, device=ranks.device)
+    label = torch.zeros(1, dtype=torch.int64, device=ranks.device) if has_labels else None
+    flops = count_flops(module, lambda: module(blank, 0, label)[0])
+
+    def batches(start: int, micro_batches: int) -> Iterator[Batch]:
+        for batch in data.train_batches(stage.batch, seed=seed, start=start, accumulation=micro_batches, ranks=ranks):
+            yield from batch.split(micro_batches)
+
+    def forward(engine: Engine, batch: Batch, step: int, micro: int) -> tuple[Tensor, Mapping[str, Tensor], Any]:
+        torch.manual_seed(seed + 7919 * step + 104729 * (micro * ranks.world_size + ranks.rank))
+        labels = None if batch.labels is None else batch.labels.to(ranks.device, non_blocking=True)
+        loss, terms, shown = engine(batch.images.to(ranks.device, non_blocking=True), step, labels)
+        return loss, terms, shown
+
+    def export(state: dict[str, Tensor]) -> None:
+        result = copy_tokenizer(tokenizer, {name: t for name, t in state.items() if name.startswith(_PARTS)})
+        result.about = _facts(session, index, stage)
+        save_tokenizer(result, session.folder.stage(stage.name) / "tokenizer")
+
+    return train_stage(
+        session,
+        StagePlan(
+            name=stage.name,
+            module=module,
+            compiled=[module.encoder, module.decoder],
+            parts=module.learning,
+            optimizer=stage.optimizer,
+            steps=stage.steps,
+            batch=stage.batch,
+            ema=stage.ema,
+            ema_ramp=stage.ema_ramp,
+            flops=flops,
+            batches=batches,
+            forward=forward,
+            adversaries=losses.adversaries,
+            stop_rule=lambda engine: _stop_rule(session, stage, module, engine),
+            export=export,
+        ),
+    )
+
+
+def _teacher(session: Session, stage: StageConfig, student: Tokenizer) -> Tokenizer | None:
+    if stage.teacher is None:
+        return None
+    if stage.teacher == "start":
+        location = session.recipe.tokenizer.load
+        assert location is not None
+    else:
+        location = str(session.folder.stage(stage.teacher) / "tokenizer")
+    teacher = load_tokenizer(location).to(session.ranks.device)
+    check_teacher(teacher, student, stage)
+    return teacher
+
+
+def _stop_rule(session: Session, stage: StageConfig, module: TokenizerModule, engine: Engine) -> StopRule | None:
+    config, ranks, data = stage.stop, session.ranks, session.data
+    if config is None:
+        return None
+    metrics = make_metrics(config.metrics, ranks.device)
+    for item, metric in zip(config.metrics, metrics, strict=True):
+        if metric.higher_is_better is None:
+            raise ConfigError(
+                f"stop.metrics of stage '{stage.name}' has '{item.name}', which does not say whether higher is better; "
+                "name another metric."
+            )
+    view = Tokenizer(module.encoder, module.adapter, module.decoder)
+
+    def measure() -> dict[str, tuple[float, bool]]:
+        values: dict[str, tuple[float, bool]] = {}
+        module.eval()
+        with engine.using("raw" if stage.ema is None else "ema"), engine.autocast():
+            for metric in metrics:
+                metric.reset()
+                batches = data.validation_pass(config.images, session.recipe.evaluation.batch, ranks)
+                numbers, _ = measure_reconstruction(view, batches, [metric], facts={}, show=1)
+                values |= {number.name: (number.value, bool(metric.higher_is_better)) for number in numbers}
+        module.train()
+        return values
+
+    return StopRule(config, session.folder.stage(stage.name) / "stopping.jsonl", measure, ranks)
+
+
+def _facts(session: Session, index: int, stage: StageConfig) -> dict[str, Any]:
+    recipe = session.recipe
+    trained = [f"{s.name}: {' + '.join(s.trains)} for {s.steps} steps of {s.batch}" for s in recipe.stages[: index + 1]]
+    return {
+        "title": f"{recipe.name}: tokenizer after stage {stage.name}",
+        "facts": [f"Trained on {session.data.facts()['train']} in stages: {'; '.join(trained)}."],
+        "size": [session.data.config.height, session.data.config.width],
+    }

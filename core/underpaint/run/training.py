@@ -1,0 +1,180 @@
+"""Trains one stage of a run: engines, resume, loop, logs, export."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import attrs
+from torch import Tensor, nn
+
+from underpaint.config.schema import ComponentConfig, OptimizerConfig
+from underpaint.registration.manager import manager
+from underpaint.run.session import Session
+from underpaint.training.checkpoint import CheckpointStore
+from underpaint.training.critics import CriticTrainer
+from underpaint.training.engine import Engine
+from underpaint.training.flops import peak_flops
+from underpaint.training.log import StageLog
+from underpaint.training.loop import LoopResult, train_loop
+from underpaint.training.signals import StopRequest
+from underpaint.training.stopping import StopRule
+from underpaint.training.terms import LossItem
+
+__all__ = ["Forward", "StagePlan", "train_stage"]
+
+
+class Forward(Protocol):
+    """Computes the loss of a micro-batch through the engine."""
+
+    def __call__(self, engine: Engine, batch: Any, step: int, micro: int) -> tuple[Tensor, Mapping[str, Tensor], Any]:
+        """Return the scalar to minimise, the named terms to log, and what critics judge, all on the device."""
+
+
+@attrs.frozen(eq=False, kw_only=True)
+class StagePlan:
+    """What a stage trains, on what, and what becomes of it.
+
+    Attributes:
+        name: Name of its folder.
+        module: What the engine trains.
+        compiled: Modules to compile when the recipe asks for it.
+        parts: Parts with their own learning rate.
+        optimizer: Optimizer and schedule.
+        steps: Optimizer steps.
+        batch: Samples per step, over all ranks.
+        ema: Decay of the exported average, or None.
+        ema_ramp: Its ramp.
+        flops: Arithmetic of one sample, forward and backward.
+        batches: Endless micro-batches of this rank from a step on.
+        forward: The loss of a micro-batch.
+        adversaries: Losses whose critics are trained beside the module.
+        stop_rule: Makes the rule that may end the stage early, given the engine.
+        export: Writes the result, from the full state dict on rank 0.
+    """
+
+    name: str
+    module: nn.Module
+    compiled: Sequence[nn.Module]
+    parts: Mapping[str, nn.Module]
+    optimizer: OptimizerConfig
+    steps: int
+    batch: int
+    ema: float | None
+    ema_ramp: float | None = None
+    flops: float
+    batches: Callable[[int, int], Iterator[Any]]
+    forward: Forward
+    adversaries: Sequence[LossItem] = ()
+    stop_rule: Callable[[Engine], StopRule | None] = lambda engine: None
+    export: Callable[[dict[str, Tensor]], None]
+
+
+def train_stage(session: Session, plan: StagePlan) -> LoopResult:
+    """Train a stage from wherever its newest checkpoint is, and export its result."""
+    config, ranks = session.recipe.engine, session.ranks
+    folder = session.folder.stage(plan.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    if config.compile:
+        for part in plan.compiled:
+            part.compile()
+    micro_batch = plan.batch // (ranks.world_size * config.accumulation)
+    engine = Engine(
+        plan.module,
+        parts=plan.parts,
+        optimizer=plan.optimizer,
+        config=config,
+        steps=plan.steps,
+        micro_batch=micro_batch,
+        ema=plan.ema,
+        ema_ramp=plan.ema_ramp,
+        ranks=ranks,
+    )
+    critics = [
+        CriticTrainer(
+            item, optimizer=plan.optimizer, config=config, steps=plan.steps, micro_batch=micro_batch, ranks=ranks
+        )
+        for item in plan.adversaries
+    ]
+    store = CheckpointStore(
+        folder / "checkpoints", config.keep, ranks, config_hash=session.config_hash, plugins=session.plugins
+    )
+    latest = store.latest()
+    start = 0
+    if latest is not None:
+        engine.load(latest.folder)
+        for critic in critics:
+            critic.load(latest.folder)
+        start = latest.step
+    rule = plan.stop_rule(engine)
+    if rule is not None:
+        rule.rewind(start)
+    steps = start if rule is not None and rule.met else plan.steps
+
+    def save(place: Path) -> None:
+        engine.save(place)
+        for critic in critics:
+            critic.save(place)
+
+    def step_fn(batch: Any, step: int, micro: int) -> tuple[Mapping[str, Tensor], Any]:
+        loss, terms, shown = plan.forward(engine, batch, step, micro)
+        engine.backward(loss)
+        result = engine.step()
+        judged = [critic.step(shown) for critic in critics]
+        return {"loss": loss, **terms, **{name: value for found in judged for name, value in found.items()}}, result
+
+    plugins = manager()
+    trackers = _trackers(session, folder) if ranks.is_main else []
+    log = StageLog(folder, plan.name, steps=plan.steps, start=start, trackers=trackers) if ranks.is_main else None
+    peak, _ = peak_flops(ranks.device, config.precision)
+    plugins.call("on_stage_start", folder=session.folder.root, stage=plan.name, step=start)
+    stream = plan.batches(start, config.accumulation)
+    try:
+        with StopRequest() as stop:
+            result = train_loop(
+                name=plan.name,
+                batches=stream,
+                step_fn=step_fn,
+                start=start,
+                steps=steps,
+                images_per_step=plan.batch,
+                flops_per_image=plan.flops,
+                peak=peak,
+                config=config,
+                save=save,
+                store=store,
+                log=log,
+                ranks=ranks,
+                stop=stop,
+                enough=rule or (lambda step: False),
+                call=plugins.call,
+            )
+        for critic in critics:
+            critic.export(folder / "critics", ranks)
+        state = engine.state("raw" if plan.ema is None else "ema")
+        if ranks.is_main:
+            plan.export(state)
+        ranks.barrier()
+    finally:
+        for critic in critics:
+            critic.close()
+        engine.close()
+        close = getattr(stream, "close", None)
+        if close is not None:
+            close()
+        if log is not None:
+            log.close()
+        for tracker in trackers:
+            tracker.close()
+    plugins.call("on_stage_end", folder=session.folder.root, stage=plan.name, step=result.steps)
+    return result
+
+
+def _trackers(session: Session, folder: Path) -> list[Any]:
+    def make(config: ComponentConfig) -> Any:
+        place = folder / "trackers" / config.name.replace("/", "_")
+        place.mkdir(parents=True, exist_ok=True)
+        return manager().create("tracker", config.name, **config.options, folder=place, run=session.recipe.name)
+
+    return [make(config) for config in session.recipe.trackers]

@@ -1,0 +1,74 @@
+"""Ends a stage when nothing gets better any more."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from underpaint.config.recipe import write_atomically
+from underpaint.config.schema import StopConfig
+from underpaint.training.ranks import Ranks
+
+__all__ = ["StopRule"]
+
+
+class StopRule:
+    """Watches held-out metrics, and says when none of them improved for long enough.
+
+    What was measured is kept in a file of the stage, so a resumed stage decides as an uninterrupted one does.
+
+    Args:
+        config: Metrics, interval, patience.
+        path: The file, one JSON line for each measurement.
+        measure: Measures now, on every rank, with the same result on each: by name, the value and whether higher is
+            better.
+        ranks: The processes.
+    """
+
+    def __init__(
+        self,
+        config: StopConfig,
+        path: Path,
+        measure: Callable[[], Mapping[str, tuple[float, bool]]],
+        ranks: Ranks,
+    ) -> None:
+        self._config = config
+        self._path = path
+        self._measure = measure
+        self._ranks = ranks
+        text = path.read_text(encoding="utf-8") if ranks.is_main and path.exists() else ""
+        self._rows: list[tuple[int, dict[str, tuple[float, bool]]]] = ranks.broadcast_object(
+            [(row["step"], row["values"]) for row in map(json.loads, text.splitlines())]
+        )
+
+    def rewind(self, step: int) -> None:
+        """Forget what was measured after a step: training goes on from there."""
+        self._rows = [row for row in self._rows if row[0] <= step]
+
+    def __call__(self, step: int) -> bool:
+        """Measure if it is time to, and return whether the stage may end."""
+        if step % self._config.every:
+            return False
+        self._rows.append((step, dict(self._measure())))
+        if self._ranks.is_main:
+            lines = [json.dumps({"step": at, "values": values}) for at, values in self._rows]
+            write_atomically(self._path, "\n".join(lines) + "\n")
+        return self.met
+
+    @property
+    def met(self) -> bool:
+        """Whether no value improved by more than the tolerance within the last `patience` steps."""
+        if not self._rows:
+            return False
+        latest = self._rows[-1][0]
+        return all(latest - self._last_improvement(name) >= self._config.patience for name in self._rows[-1][1])
+
+    def _last_improvement(self, name: str) -> int:
+        history = [(step, *values[name]) for step, values in self._rows]
+        signed = [(step, value if higher else -value) for step, value, higher in history]
+        when, best = signed[0]
+        for step, value in signed[1:]:
+            if value > best + self._config.tolerance * abs(best):
+                when, best = step, value
+        return when
