@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from underpaint import ConfigError, Reconstruction
 from underpaint import Decoder as DecoderInterface
-from underpaint_ldm.config import DecoderConfig, groups
+from underpaint_ldm.config import DecoderConfig
+from underpaint_ldm.layers import Attention, Double, Residual, middle, norm
 
 __all__ = ["Decoder"]
 
@@ -29,26 +30,28 @@ class Decoder(DecoderInterface):
         super().__init__()
         widths = [config.base * m for m in _multipliers(config, stride)]
         deepest = widths[-1]
-        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
+        self.post_quant_conv = (
+            nn.Conv2d(latent_channels, latent_channels, 1) if config.post_quant_conv else nn.Identity()
+        )
         self.conv_in = nn.Conv2d(latent_channels, deepest, 3, padding=1)
-        self.middle = nn.Sequential(_Residual(deepest, deepest), _Attention(deepest), _Residual(deepest, deepest))
+        self.middle = middle(deepest, config.groups)
         levels: list[nn.Module] = []
         channels = deepest
         for depth, width in enumerate(reversed(widths)):
             if depth:
-                levels.append(_Double(channels))
+                levels.append(Double(channels))
             for _ in range(config.blocks):
-                levels.append(_Residual(channels, width))
+                levels.append(Residual(channels, width, config.groups))
                 if config.attention and depth == 0:
-                    levels.append(_Attention(width))
+                    levels.append(Attention(width, config.groups))
                 channels = width
         self.levels = nn.Sequential(*levels)
-        self.norm_out = _norm(channels)
+        self.norm_out = norm(channels, config.groups)
         self.conv_out = nn.Conv2d(channels, 3, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Reconstruction:
         """Decode B×d×h×w latents."""
-        x = self.post_quant_conv(latents.to(self.post_quant_conv.weight.dtype))
+        x = self.post_quant_conv(latents.to(self.conv_in.weight.dtype))
         x = self.levels(self.middle(self.conv_in(x)))
         return Reconstruction(self.conv_out(F.silu(self.norm_out(x))))
 
@@ -74,51 +77,3 @@ def _multipliers(config: DecoderConfig, stride: int) -> tuple[int, ...]:
             f"the encoder and adapter give {stride}; the number of multipliers is 1 + log2(stride)."
         )
     return config.multipliers
-
-
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(groups(channels), channels, eps=1e-6)
-
-
-class _Residual(nn.Module):
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.norm1 = _norm(inputs)
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
-        self.norm2 = _norm(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
-        self.skip = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h: Tensor = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        skip: Tensor = self.skip(x)
-        return skip + h
-
-
-class _Attention(nn.Module):
-    """One head over all positions."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm = _norm(channels)
-        self.qkv = nn.Linear(channels, 3 * channels)
-        self.out = nn.Linear(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = self.norm(x).flatten(2).transpose(1, 2)
-        q, k, v = self.qkv(tokens).unsqueeze(1).chunk(3, dim=-1)
-        mixed: Tensor = self.out(F.scaled_dot_product_attention(q, k, v).squeeze(1))
-        return x + mixed.transpose(1, 2).reshape(x.shape)
-
-
-class _Double(nn.Module):
-    """Twice the height and width."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        doubled: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return doubled

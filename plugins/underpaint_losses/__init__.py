@@ -9,7 +9,7 @@ from underpaint import hookimpl
 
 @hookimpl
 def register_losses(register: Any) -> None:
-    """Register ``l1``, ``mse``, ``kl``, ``velocity``, ``features`` and ``lpips``."""
+    """Register ``l1``, ``mse``, ``kl``, ``velocity``, ``features``, ``lpips``, ``ssim`` and ``vf``."""
     register("l1", "underpaint_losses.pixels:L1", summary="Mean absolute error of the pixels")
     register("mse", "underpaint_losses.pixels:Mse", summary="Mean squared error of the pixels")
     register("kl", "underpaint_losses.kl:Kl", summary="KL divergence of the latent posterior from N(0, I)")
@@ -34,4 +34,17 @@ def register_losses(register: Any) -> None:
         tiny={"weights": "random"},
         summary="LPIPS on VGG-16; needs its weights as files",
         source="Zhang et al. 2018",
+    )
+    register(
+        "ssim",
+        "underpaint_losses.ssim:Ssim",
+        summary="1 − structural similarity, Gaussian window of 11 px",
+        source="Wang et al. 2004",
+    )
+    register(
+        "vf",
+        "underpaint_losses.vf:VisionAlignment",
+        config="underpaint_losses.config:VfConfig",
+        summary="Alignment of latents with the features of the tokenizer's encoder, or of another",
+        source="Yao et al. 2025 (VA-VAE)",
     )

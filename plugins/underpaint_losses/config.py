@@ -8,7 +8,9 @@ from typing import Any
 import attrs
 from attrs import validators as v
 
-__all__ = ["FeaturesConfig", "LpipsConfig", "VelocityConfig"]
+from underpaint import ConfigError
+
+__all__ = ["FeaturesConfig", "LpipsConfig", "VelocityConfig", "VfConfig"]
 
 
 @attrs.frozen(kw_only=True)
@@ -52,3 +54,31 @@ class LpipsConfig:
 
     weights: str | None = None
     heads: str | None = None
+
+
+@attrs.frozen(kw_only=True)
+class VfConfig:
+    """Options of ``vf``. Margins of 0 are VFM-VAE's; VA-VAE's are 0.25 for distances and 0.5 for cosines.
+
+    Attributes:
+        encoder: Registered name of the frozen encoder whose deepest map is aligned with, with its weights; None takes
+            the tokenizer's own encoder.
+        options: Options of that encoder.
+        distance_margin: Difference of two cosines that costs nothing.
+        cosine_margin: Distance from a cosine of 1 that costs nothing.
+        distance_weight: Factor of the term ``vf_distance``; 0 leaves it out.
+        cosine_weight: Factor of the term ``vf_cosine``; 0 leaves it out.
+    """
+
+    encoder: str | None = None
+    options: Mapping[str, Any] = attrs.field(factory=dict)
+    distance_margin: float = attrs.field(default=0.0, validator=v.ge(0.0))
+    cosine_margin: float = attrs.field(default=0.0, validator=v.ge(0.0))
+    distance_weight: float = attrs.field(default=1.0, validator=v.ge(0.0))
+    cosine_weight: float = attrs.field(default=1.0, validator=v.ge(0.0))
+
+    def __attrs_post_init__(self) -> None:
+        if not (self.distance_weight or self.cosine_weight):
+            raise ConfigError("distance_weight and cosine_weight are both 0; leave one above 0, or the loss out.")
+        if self.options and self.encoder is None:
+            raise ConfigError("options are those of an encoder, and encoder is null; name one, or remove the options.")

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 __all__ = ["Block", "modulate"]
+
+# timm's layer norm of queries and keys keeps torch's default ε, unlike the norms of the block.
+_QK_NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "rms": lambda width: nn.RMSNorm(width, eps=1e-6),
+    "layer": lambda width: nn.LayerNorm(width, eps=1e-5),
+}
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -19,14 +28,17 @@ class Block(nn.Module):
     The gates start at zero, so that a new block passes its input on unchanged.
     """
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, qk_norm: bool) -> None:
+    def __init__(
+        self, width: int, heads: int, mlp_ratio: float, qk_norm: bool, qk_norm_type: Literal["rms", "layer"] = "rms"
+    ) -> None:
         super().__init__()
+        norm = _QK_NORMS[qk_norm_type] if qk_norm else nn.Identity
         self.heads = heads
         hidden = int(width * mlp_ratio)
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.qkv = nn.Linear(width, 3 * width)
-        self.norm_q = nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
-        self.norm_k = nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.norm_q = norm(width // heads)
+        self.norm_k = norm(width // heads)
         self.out = nn.Linear(width, width)
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))

@@ -23,9 +23,9 @@ class SiT(Backbone):
 
     It differs from the published SiT in two signs only: it is given our t (0 data, 1 noise), which is 1 − SiT's
     time, and predicts ε − x0, which is minus SiT's velocity. t enters the sinusoids as it is, in [0, 1], as in SiT,
-    LightningDiT and REPA (DiT, SD3 and FLUX multiply by 1000): the embedding then varies smoothly over a trajectory,
-    and published SiT weights fit after t is mirrored. The label table is the conditioner's, and the variance output
-    that SiT keeps from DiT is left out.
+    LightningDiT and REPA (DiT, SD3 and FLUX multiply by 1000): the embedding then varies smoothly over a trajectory.
+    REPA's and REG's networks have our t and sign. The label table is the conditioner's, and the variance output that
+    SiT keeps from DiT is left out.
 
     Grids other than the one it was made for are accepted when the patch divides them; positions count from the
     upper left corner.
@@ -40,13 +40,13 @@ class SiT(Backbone):
         super().__init__()
         if token_dim and not pooled_dim:
             raise ConfigError(
-                "The backbones 'sit/*' read a pooled condition, and the conditioner gives tokens only; "
+                "This backbone reads a pooled condition, and the conditioner gives tokens only; "
                 "choose a conditioner with a pooled output, such as 'labels'."
             )
         if grid[0] % config.patch or grid[1] % config.patch:
             raise ConfigError(
                 f"A latent of {grid[0]}×{grid[1]} cells does not divide into patches of {config.patch}×{config.patch}; "
-                "choose a backbone of a smaller patch, such as 'sit/S-1'."
+                "choose one of a smaller patch, such as 'sit/S-1'."
             )
         width = config.width
         self.width = width
@@ -60,11 +60,12 @@ class SiT(Backbone):
         self.project = nn.Identity() if pooled_dim in (0, width) else nn.Linear(pooled_dim, width)
         self._pooled = pooled_dim > 0
         self.layers = nn.ModuleList(
-            Block(width, config.heads, config.mlp_ratio, config.qk_norm) for _ in range(config.depth)
+            Block(width, config.heads, config.mlp_ratio, config.qk_norm, config.qk_norm_type)
+            for _ in range(config.depth)
         )
         self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.modulation = nn.Linear(width, 2 * width)
-        self.head = nn.Linear(width, cells)
+        self.head = nn.Linear(width, config.outputs * cells)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -88,14 +89,27 @@ class SiT(Backbone):
                 is asked for that it does not have.
         """
         self._check(x_t, condition, layers)
-        dtype = self.embed.weight.dtype
+        vector = self._vector(t, condition)
+        x, hidden = self._run(self._tokens(x_t), vector, layers)
+        return Prediction(self._read(self._final(x, vector), x_t), hidden)
+
+    def blocks(self) -> list[nn.Module]:
+        """Return the transformer blocks."""
+        return list(self.layers)
+
+    def _tokens(self, x_t: Tensor) -> Tensor:
         rows, columns = x_t.shape[2] // self.patch, x_t.shape[3] // self.patch
-        x = self.embed(_patches(x_t.to(dtype), self.patch))
-        x = x + self._position(rows, columns, x)
-        vector = self.time(time_sinusoids(t, _TIMES).to(dtype))
+        x: Tensor = self.embed(_patches(x_t.to(self.embed.weight.dtype), self.patch))
+        return x + self._position(rows, columns, x)
+
+    def _vector(self, t: Tensor, condition: Condition) -> Tensor:
+        dtype = self.embed.weight.dtype
+        vector: Tensor = self.time(time_sinusoids(t, _TIMES).to(dtype))
         if condition.pooled is not None:
             vector = vector + self.project(condition.pooled.to(dtype))
-        vector = F.silu(vector)
+        return F.silu(vector)
+
+    def _run(self, x: Tensor, vector: Tensor, layers: Collection[int]) -> tuple[Tensor, dict[int, Tensor]]:
         hidden = {}
         for index, block in enumerate(self.layers):
             if self._recompute and self.training:
@@ -104,13 +118,15 @@ class SiT(Backbone):
                 x = block(x, vector)
             if index in layers:
                 hidden[index] = x
-        shift, scale = self.modulation(vector).chunk(2, dim=1)
-        out = self.head(modulate(self.norm(x), shift, scale))
-        return Prediction(_image(out, rows, columns, self.patch).to(x_t.dtype), hidden)
+        return x, hidden
 
-    def blocks(self) -> list[nn.Module]:
-        """Return the transformer blocks."""
-        return list(self.layers)
+    def _final(self, x: Tensor, vector: Tensor) -> Tensor:
+        shift, scale = self.modulation(vector).chunk(2, dim=1)
+        return modulate(self.norm(x), shift, scale)
+
+    def _read(self, x: Tensor, x_t: Tensor) -> Tensor:
+        rows, columns = x_t.shape[2] // self.patch, x_t.shape[3] // self.patch
+        return _image(self.head(x), rows, columns, self.patch).to(x_t.dtype)
 
     def _position(self, rows: int, columns: int, like: Tensor) -> Tensor:
         # A plain attribute, not a buffer: casting the module to bf16 must not round the positions for good.

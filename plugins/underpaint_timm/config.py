@@ -18,20 +18,25 @@ class TimmConfig:
 
     Attributes:
         layers: Blocks whose outputs become the maps, in any order; negative counts from the last.
+        embedding: Also give the tokens before the first block, positions added, as the first map, not normalised.
         norm: The model's final norm, on every map: ``affine`` as trained, ``plain`` without scale and bias (as
-            RAE does), ``none`` leaves the blocks' raw outputs. DINOv2's and timm's own functions for
-            intermediate layers also put the final norm on each of them.
+            RAE does), ``none`` leaves the blocks' raw outputs; ``last`` is ``affine`` on the last block and leaves the
+            others, as VFM-VAE does. DINOv2's and timm's own functions for intermediate layers also put the final norm
+            on each of them.
         stride: Pixels of the given image per cell; images are resized so that one patch covers it. None is
             the patch size, but 16 for patch 14: then 256 px gives 16×16 cells as the patch-16 models do.
+        interpolation: How images are resized; None is timm's entry for the weights.
         tag: timm's weight tag whose mean, std and native size hold for ``@file:`` and ``@random``. Needed for
             a file only where timm's tags of the model differ in mean or std.
     """
 
     layers: tuple[int, ...] = attrs.field(default=(-1,))
-    norm: Literal["affine", "plain", "none"] = attrs.field(
-        default="affine", validator=v.in_(("affine", "plain", "none"))
+    embedding: bool = False
+    norm: Literal["affine", "plain", "none", "last"] = attrs.field(
+        default="affine", validator=v.in_(("affine", "plain", "none", "last"))
     )
     stride: int | None = attrs.field(default=None, validator=v.optional(v.gt(0)))
+    interpolation: Literal["bilinear", "bicubic"] | None = None
     tag: str | None = None
 
     @layers.validator

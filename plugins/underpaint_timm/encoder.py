@@ -29,9 +29,9 @@ _LICENCES = {
 class TimmEncoder(Encoder):
     """Patch tokens of a timm vision transformer, as maps.
 
-    Images are resized to the model's own input (its interpolation, antialiased, not clamped), then normalised
-    with its mean and std. Position embeddings are interpolated or, for rotary models, computed for the grid.
-    Class and register tokens are dropped from the maps.
+    Images are resized to the model's own input (its interpolation, antialiased unless the config says otherwise, not
+    clamped), then normalised with its mean and std. Position embeddings are interpolated or, for rotary models,
+    computed for the grid. Class and register tokens are dropped from the maps.
 
     ``pooled`` summarises the last block: the attention pool where the model has one (SigLIP), else the class
     token, else the mean of the patches; always with the final norm as trained.
@@ -56,17 +56,20 @@ class TimmEncoder(Encoder):
         layers = _block_indices(config.layers, len(self.trunk.blocks), model)
         patch = int(self.trunk.patch_embed.patch_size[0])
         self.norm = config.norm
+        self.antialias = config.antialias
         if self.norm == "plain" and isinstance(self._final_norm(), nn.Identity):
             raise ConfigError(f"timm's '{model}' ends without a norm, so norm 'plain' has none to strip; use 'none'.")
-        self.interpolation = str(cfg["interpolation"])
+        self.interpolation = config.interpolation or str(cfg["interpolation"])
+        self.embedding = config.embedding
+        maps = ((-1,) if self.embedding else ()) + layers
         self.info = EncoderInfo(
-            channels=(int(self.trunk.embed_dim),) * len(layers),
+            channels=(int(self.trunk.embed_dim),) * len(maps),
             stride=config.stride or (16 if patch == 14 else patch),
             patch=patch,
             native_size=(int(cfg["input_size"][-2]), int(cfg["input_size"][-1])),
             mean=tuple(cfg["mean"]),
             std=tuple(cfg["std"]),
-            layers=layers,
+            layers=maps,
             licence=_licence(cfg, chosen),
             source=_source(cfg, chosen),
         )
@@ -75,15 +78,26 @@ class TimmEncoder(Encoder):
         """Encode B×3×H×W images in [-1, 1] to B×C×(H/stride)×(W/stride) maps, in the model's dtype."""
         h, w = self.grid(images.shape[-2], images.shape[-1])
         pixels = self._prepare(images, (h * self.info.patch, w * self.info.patch))
-        tokens, blocks = self.trunk.forward_intermediates(pixels, indices=list(self.info.layers), output_fmt="NLC")
-        maps = (self._finish(block).transpose(1, 2).contiguous() for block in blocks)
+        layers = [layer for layer in self.info.layers if layer >= 0]
+        tokens, blocks = self.trunk.forward_intermediates(pixels, indices=layers, output_fmt="NLC")
+        found = [self._finish(block, layer) for block, layer in zip(blocks, layers, strict=True)]
+        if self.embedding:
+            found.insert(0, self._embed(pixels))
+        maps = (item.transpose(1, 2).contiguous() for item in found)
         return Features(maps=tuple(m.view(*m.shape[:2], h, w) for m in maps), pooled=self._pool(tokens))
+
+    def _embed(self, pixels: Tensor) -> Tensor:
+        # Computed twice: forward_intermediates does not give it, and it is a thousandth of the network's work.
+        embedded = self.trunk._pos_embed(self.trunk.patch_embed(pixels))
+        tokens: Tensor = embedded[0] if isinstance(embedded, tuple) else embedded
+        tokens = self.trunk.norm_pre(tokens)
+        return tokens[:, self.trunk.num_prefix_tokens :]
 
     def _prepare(self, images: Tensor, size: tuple[int, int]) -> Tensor:
         # At least float32: bicubic weights and the mean lose two digits in bfloat16.
         x = images.to(torch.promote_types(images.dtype, torch.float32))
         if x.shape[-2:] != size:
-            x = F.interpolate(x, size=size, mode=self.interpolation, antialias=True, align_corners=False)
+            x = F.interpolate(x, size=size, mode=self.interpolation, antialias=self.antialias, align_corners=False)
         # Python numbers, not buffers: a buffer would be rounded when the module becomes bfloat16.
         scaled = [
             x[:, i : i + 1] * (0.5 / std) + (0.5 - mean) / std
@@ -97,11 +111,11 @@ class TimmEncoder(Encoder):
         fc_norm: nn.Module = self.trunk.fc_norm
         return fc_norm if isinstance(norm, nn.Identity) else norm
 
-    def _finish(self, tokens: Tensor) -> Tensor:
-        if self.norm == "none":
+    def _finish(self, tokens: Tensor, layer: int) -> Tensor:
+        if self.norm == "none" or (self.norm == "last" and layer != len(self.trunk.blocks) - 1):
             return tokens
         norm: Any = self._final_norm()
-        if self.norm == "affine":
+        if self.norm in ("affine", "last"):
             result: Tensor = norm(tokens)
             return result
         if isinstance(norm, nn.LayerNorm):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Mapping
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from underpaint import DataError, Encoder, EncoderInfo, Features, NotFoundError, is_location, load_weights
 from underpaint_tiny.config import TinyViTConfig
+from underpaint_tiny.shipped import CARD, read_shipped
 
 __all__ = ["TinyViT"]
 
@@ -20,37 +23,47 @@ _SEED = zlib.crc32(b"tiny/vit")
 
 
 class TinyViT(Encoder):
-    """A pre-norm vision transformer without class token, for images of about 32 to 128 px, also oblong.
+    """A pre-norm vision transformer with a convolutional stem and without class token, about 5 M parameters.
 
-    Its random weights keep the image: the patch embedding is orthogonal and each block adds little to its
-    input, so a linear map recovers most of the pixels. They are the same on every machine. Positions are
-    sines and cosines over the whole image, whatever its grid.
-
-    ``pooled`` is the mean of the last block's tokens after the final norm.
+    Made for images of 32 to 128 px, also oblong. Positions are sines and cosines over the whole image, whatever its
+    grid. ``pooled`` is the mean of the deepest built block's tokens after the final norm.
 
     Args:
         config: Options.
-        weights: ``random`` or None for the fixed random weights; ``file:PATH`` or a URL for saved ones.
+        weights: None for the trained weights that come with the package, ``random`` for fixed random ones, the same on
+            every machine; ``file:PATH`` or a URL for saved ones.
         load: False builds the network that `weights` belong to without reading them, for a saved state to fill.
 
     Raises:
-        NotFoundError: The weights are neither random nor a file.
-        DataError: The file does not fit.
+        NotFoundError: The weights are none of these.
+        DataError: The file does not fit, or is not the one that belongs to the package.
     """
 
     def __init__(self, config: TinyViTConfig, *, weights: str | None = None, load: bool = True) -> None:
         super().__init__()
         if weights not in (None, "random") and not is_location(str(weights)):
             raise NotFoundError(
-                f"tiny/vit has no weights '{weights}'; write 'tiny/vit@random' or 'tiny/vit@file:PATH'."
+                f"tiny/vit has no weights '{weights}'; write 'tiny/vit', 'tiny/vit@random' or 'tiny/vit@file:PATH'."
             )
-        self.patch_embed = nn.Conv2d(3, config.width, config.patch, config.patch)
-        self.blocks = nn.ModuleList(_Block(config.width, config.heads) for _ in range(config.depth))
+        doublings = config.patch.bit_length() - 1
+        widths = [3, *(config.width >> (doublings - 1 - level) for level in range(doublings))]
+        steps: list[nn.Module] = []
+        for before, after in pairwise(widths):
+            steps += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(1, after), nn.GELU()]
+        self.stem = nn.Sequential(*steps[:-2])
+        self.blocks = nn.ModuleList(_Block(config.width, config.heads) for _ in range(max(config.blocks) + 1))
         self.norm = nn.LayerNorm(config.width)
+        self._depth = config.depth
         self._initialise()
-        located = weights is not None and is_location(weights)
-        if located and load:
-            self._load(str(weights))
+        licence, source = "Apache-2.0", f"random initialisation with seed {_SEED}"
+        if weights is None:
+            licence, source = CARD.licence, CARD.source
+            if load:
+                self._fill(read_shipped(), "that comes with the package")
+        elif is_location(weights):
+            licence, source = "Not stated by the file.", weights
+            if load:
+                self._fill(load_weights(weights), f"'{weights}'")
         self.info = EncoderInfo(
             channels=(config.width,) * len(config.blocks),
             stride=config.patch,
@@ -59,14 +72,14 @@ class TinyViT(Encoder):
             mean=(0.5, 0.5, 0.5),
             std=(0.5, 0.5, 0.5),
             layers=config.blocks,
-            licence="Not stated by the file." if located else "Apache-2.0",
-            source=str(weights) if located else f"random initialisation with seed {_SEED}",
+            licence=licence,
+            source=source,
         )
 
     def forward(self, images: Tensor) -> Features:
         """Encode B×3×H×W images in [-1, 1], which are its normalised pixels, to B×C×(H/patch)×(W/patch) maps."""
         h, w = self.grid(images.shape[-2], images.shape[-1])
-        embedded = self.patch_embed(images.to(self.patch_embed.weight.dtype))
+        embedded = self.stem(images.to(next(self.stem.parameters()).dtype))
         x = embedded.flatten(2).transpose(1, 2)
         x = x + _positions(h, w, x.shape[-1], x.device).to(x.dtype)
         maps = []
@@ -74,36 +87,34 @@ class TinyViT(Encoder):
             x = block(x)
             if index in self.info.layers:
                 maps.append(self.norm(x).transpose(1, 2).reshape(len(x), -1, h, w))
-        return Features(maps=tuple(maps), pooled=self.norm(x).mean(dim=1))
+        return Features(maps=tuple(maps), pooled=maps[-1].flatten(2).mean(dim=2))
 
     def _initialise(self) -> None:
         generator = torch.Generator().manual_seed(_SEED)
-        residual = 0.5 * (2 * len(self.blocks)) ** -0.5
+        residual = (2 * self._depth) ** -0.5
         for name, parameter in self.named_parameters():
             # On the CPU whatever the default device, so that the numbers depend on the seed alone.
             value = torch.zeros(parameter.shape, device="cpu")
-            if name == "patch_embed.weight":
-                nn.init.orthogonal_(value, generator=generator)
-            elif parameter.ndim == 2:
-                value.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
-                # The 2·depth branches add up to less than the embedding: random mixing hides the image.
+            if parameter.ndim >= 2:
+                value.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
                 value *= residual if name.endswith(("attention_out.weight", "mlp_out.weight")) else 1.0
             elif name.endswith("weight"):
                 value.fill_(1.0)
             with torch.no_grad():
                 parameter.copy_(value)
 
-    def _load(self, location: str) -> None:
-        wanted, given = self.state_dict(), load_weights(location)
+    def _fill(self, given: Mapping[str, Tensor], which: str) -> None:
+        wanted = self.state_dict()
+        later = tuple(f"blocks.{index}." for index in range(len(self.blocks), self._depth))
         wrong = [key for key in wanted if key not in given or given[key].shape != wanted[key].shape]
-        wrong += [key for key in given if key not in wanted]
+        wrong += [key for key in given if key not in wanted and not key.startswith(later)]
         if wrong:
             raise DataError(
-                f"The file '{location}' does not fit tiny/vit with these options: {len(wrong)} tensors are missing, "
+                f"The file {which} does not fit tiny/vit with these options: {len(wrong)} tensors are missing, "
                 f"unexpected or of another shape ({', '.join(wrong[:3])}{', …' * (len(wrong) > 3)}); give the width, "
-                "depth and patch that it was saved with."
+                "depth and patch that it was saved with, or take random weights: 'tiny/vit@random'."
             )
-        self.load_state_dict(given)
+        self.load_state_dict({key: given[key] for key in wanted})
 
 
 class _Block(nn.Module):

@@ -92,6 +92,7 @@ def test_overrides_reach_names_indices_and_bare_components() -> None:
         ("stages.align.teacher=later", "not an earlier stage"),
         ("stages.align.name=latents", "none of start, latents"),
         ("data.holdout=1.5", "holdout"),
+        ("data.resize=8", "resize to at least its longer side"),
         ("evaluation.guidance.interval=[0.8, 0.2]", "low < high"),
         ("tokenizer.load=somewhere", "keep one of the two"),
     ],

@@ -71,6 +71,15 @@ def test_random_crops_reach_every_place_equally():
     assert (abs(counts - 400) < 5 * np.sqrt(400 * 0.8)).all()
 
 
+def test_a_crop_of_a_larger_image_shows_its_pixels_at_that_size():
+    image = ramp(60, 80)
+    cut = Crop(10, 10, "random", resize=30)(image, rng())
+    steps = np.diff(cut[..., 0].astype(int), axis=1)
+    assert steps.mean() == pytest.approx(80 / 40, abs=0.1)  # 8 if the image just covered the crop
+    assert np.array_equal(Crop(10, 10, resize=30)(ramp(30, 30), rng()), ramp(30, 30)[10:20, 10:20])
+    assert Crop(40, 20, resize=30)(image, rng()).shape == (40, 20, 3)
+
+
 def test_half_of_the_images_are_flipped():
     crop = Crop(8, 8, flip=True)
     flipped = 0

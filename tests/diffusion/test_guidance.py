@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from underpaint import Backbone, Condition, ConfigError, Prediction
-from underpaint.config.schema import GuidanceConfig
-from underpaint.diffusion.guidance import guided_field
+from underpaint.config.diffusion import GuidanceConfig
+from underpaint.config.structure import structure
+from underpaint.diffusion.guidance import check_guidance, guided_field
+from underpaint.diffusion.paths import linear_velocity
+from underpaint.interfaces.sampler import VelocityField
 
 
 class Recorder(Backbone):
@@ -42,9 +45,13 @@ def plain(condition: Condition) -> np.ndarray:
     return X.numpy() * (T.numpy() + 1)[:, None, None, None] + condition.pooled.numpy()[:, :, None, None]
 
 
+def by_null(backbone: Recorder, config: GuidanceConfig) -> VelocityField:
+    return guided_field(linear_velocity(backbone, "linear", "velocity"), COND, config, null=NULL)
+
+
 def run(config: GuidanceConfig, t: Tensor = T) -> tuple[np.ndarray, list[int]]:
     backbone = Recorder()
-    return guided_field(backbone, COND, NULL, config)(X, t).numpy(), backbone.batches
+    return by_null(backbone, config)(X, t).numpy(), backbone.batches
 
 
 def test_scale_one_runs_the_conditional_network_alone() -> None:
@@ -72,8 +79,15 @@ def test_all_channels_by_number_is_all_channels() -> None:
 
 
 def test_more_channels_than_there_are_is_an_error() -> None:
+    check_guidance(GuidanceConfig(scale=2.0, channels=4), 4)
     with pytest.raises(ConfigError, match=r"guidance\.channels is 5, and the latent has 4"):
-        run(GuidanceConfig(scale=2.0, channels=5))
+        check_guidance(GuidanceConfig(scale=2.0, channels=5), 4)
+
+
+@pytest.mark.parametrize("interval", [[0.5, 0.2], [0.3, 0.3], [-0.1, 0.5], [0.5, 1.1]])
+def test_an_interval_must_run_upwards_within_the_path(interval: list[float]) -> None:
+    with pytest.raises(ConfigError, match=r"guidance\.interval is .* 0 ≤ low < high ≤ 1"):
+        structure({"interval": interval}, GuidanceConfig, "evaluation.guidance")
 
 
 def test_interval_is_judged_sample_by_sample_with_both_ends() -> None:
@@ -92,7 +106,25 @@ def test_outside_the_interval_the_null_condition_costs_nothing() -> None:
 
 def test_field_carries_no_state_between_calls() -> None:
     backbone = Recorder()
-    field = guided_field(backbone, COND, NULL, GuidanceConfig(scale=2.0, interval=(0.0, 0.6)))
+    field = by_null(backbone, GuidanceConfig(scale=2.0, interval=(0.0, 0.6)))
     for time, expected in ((0.9, 3), (0.5, 6), (0.7, 3), (0.1, 6)):
         field(X, torch.full((3,), time))
         assert backbone.batches[-1] == expected
+
+
+def test_a_weaker_model_is_guided_away_from_under_the_same_condition() -> None:
+    main, weak = Recorder(), Recorder()
+    config = GuidanceConfig(scale=1.5, channels=3, interval=(0.2, 0.5))
+
+    def weaker(x_t: Tensor, t: Tensor) -> Tensor:
+        return 0.5 * linear_velocity(weak, "linear", "velocity")(x_t, t, COND)
+
+    field = guided_field(linear_velocity(main, "linear", "velocity"), COND, config, weak=weaker)
+    velocity = field(X, T).numpy()
+    # v_weak + w·(v − v_weak) with v_weak = v/2.
+    np.testing.assert_allclose(velocity[:2, :3], 1.25 * plain(COND)[:2, :3], rtol=1e-12, atol=1e-12)
+    np.testing.assert_array_equal(velocity[:2, 3:], plain(COND)[:2, 3:])
+    np.testing.assert_array_equal(velocity[2], plain(COND)[2])
+    assert (main.batches, weak.batches) == ([3], [3])
+    field(X, torch.full((3,), 0.9, dtype=torch.float64))
+    assert (main.batches, weak.batches) == ([3, 3], [3])

@@ -55,6 +55,28 @@ def test_tokenizer_comes_back_whole(tmp_path: Path) -> None:
     assert {p.name for p in (tmp_path / "t").iterdir()} == {"config.json", "model.safetensors", "README.md"}
 
 
+def test_statistics_of_each_position_come_back_from_beside_the_weights(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    values = tuple(0.1 * (1 + i) for i in range(4 * 2 * 3))
+    tokenizer.statistics = LatentStatistics(mean=values, std=values[::-1], count=7, data="abc", grid=(2, 3))
+    save_tokenizer(tokenizer, tmp_path / "t")
+    plain = json.loads((tmp_path / "t" / "config.json").read_text())["latent"]["statistics"]
+    assert plain == {"count": 7, "data": "abc", "grid": [2, 3]}
+    loaded = underpaint.load(tmp_path / "t")
+    assert loaded.statistics == tokenizer.statistics
+    latents = torch.randn(2, 4, 2, 3, generator=torch.Generator().manual_seed(0))
+    expected = (latents - torch.tensor(values).view(4, 2, 3)) / torch.tensor(values[::-1]).view(4, 2, 3)
+    torch.testing.assert_close(loaded.standardise(latents), expected)
+    torch.testing.assert_close(loaded.restore(expected), latents)
+    with pytest.raises(DataError, match="2×3 grid, and the latents are 3×2"):
+        loaded.standardise(latents.mT)
+    tensors = load_file(tmp_path / "t" / "model.safetensors")
+    del tensors["statistics.std"]
+    save_file(tensors, tmp_path / "t" / "model.safetensors")
+    with pytest.raises(DataError, match="lacks the latent statistics"):
+        underpaint.load(tmp_path / "t")
+
+
 def test_generator_comes_back_whole(tmp_path: Path) -> None:
     generator = make_generator()
     with torch.no_grad():

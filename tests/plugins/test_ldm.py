@@ -11,6 +11,7 @@ from torch import nn
 
 import underpaint
 from underpaint import ConfigError, Decoder
+from underpaint.run.recipes import load_recipe
 
 
 def make(latent: int = 4, stride: int = 8, **options: Any) -> Decoder:
@@ -172,3 +173,74 @@ def test_all_parameters_learn() -> None:
 def test_what_cannot_be_made_is_refused(stride: int, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make(4, stride, **options)
+
+
+def test_without_post_quant_conv_the_latent_goes_straight_in() -> None:
+    plain, full = make(4, 4, base=32, blocks=1, post_quant_conv=False), make(4, 4, base=32, blocks=1)
+    assert set(full.state_dict()) - set(plain.state_dict()) == {"post_quant_conv.weight", "post_quant_conv.bias"}
+    identity = {"post_quant_conv.weight": torch.eye(4).view(4, 4, 1, 1), "post_quant_conv.bias": torch.zeros(4)}
+    full.load_state_dict({**plain.state_dict(), **identity})
+    z = torch.randn(1, 4, 2, 3)
+    torch.testing.assert_close(plain(z).image, full(z).image)
+
+
+RECIPES = ["kl-vae", "kl-vae-f16d32", "kl-vae-small", "va-vae", "va-vae-small"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_complete(name: str) -> None:
+    """Every component exists and takes its options, and encoder and decoder are of one stride."""
+    tokenizer = load_recipe(f"recipe:{name}").tokenizer
+    assert tokenizer.encoder is not None
+    assert tokenizer.adapter is not None
+    assert tokenizer.decoder is not None
+    with torch.device("meta"):
+        encoder = underpaint.create("encoder", tokenizer.encoder.name, **tokenizer.encoder.options)
+        underpaint.create(
+            "adapter",
+            tokenizer.adapter.name,
+            in_channels=encoder.info.channels,
+            latent_channels=tokenizer.latent_channels,
+        )
+        underpaint.create(
+            "decoder",
+            tokenizer.decoder.name,
+            latent_channels=tokenizer.latent_channels,
+            stride=encoder.info.stride,
+            **tokenizer.decoder.options,
+        )
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_weights_for_sums_over_pixels_are_converted(name: str) -> None:
+    """1e-6, 1e4 and 1e8 of the published losses, divided by the values of an image (aligntok.md §3.1)."""
+    recipe = load_recipe(f"recipe:{name}")
+    values = 3 * recipe.data.height * recipe.data.width
+    for stage in recipe.stages:
+        losses = {loss.name: loss for loss in stage.losses}
+        assert losses["kl"].weight == pytest.approx(1e-6 / values, rel=1e-2)
+        for loss, limit in (("critics/patchgan", 1e4), ("vf", 1e8)):
+            adaptive = losses[loss].adaptive if loss in losses else None
+            assert (adaptive is None) == (loss == "vf" and not name.startswith("va-vae"))
+            if adaptive is not None:
+                assert adaptive.limit == pytest.approx(limit / values, rel=1e-2)
+
+
+def test_va_vae_is_trained_as_released() -> None:
+    """aligntok.md §4.2: epochs, weights, margins and starts of the three stages."""
+    recipe = load_recipe("recipe:va-vae")
+    epoch = 1_281_167 // 256
+    found = []
+    for stage in recipe.stages:
+        losses = {loss.name: loss for loss in stage.losses}
+        vf, critic = losses["vf"], losses["critics/patchgan"]
+        assert (stage.batch, stage.optimizer.lr, stage.optimizer.betas) == (256, 1e-4, (0.5, 0.9))
+        assert critic.critic is not None
+        assert (critic.weight, critic.critic.start) == (0.5, critic.start)
+        margins = vf.options.get("cosine_margin", 0), vf.options.get("distance_margin", 0)
+        found.append((stage.steps / epoch, vf.weight, margins, critic.start, critic.critic.carry))
+    assert found == [
+        (100, 0.5, (0, 0), 5001, None),
+        (15, 0.1, (0, 0), 1, "align"),
+        (15, 0.1, (0.5, 0.25), 1, "reconstruct"),
+    ]

@@ -250,6 +250,19 @@ def test_lpips_agrees_with_float64_numpy(tmp_path: Path, suffix: str) -> None:
     assert value == pytest.approx(lpips_in_numpy(state, images, decoded), rel=1e-4)
 
 
+def test_lpips_loads_its_files_from_urls(tmp_path: Path) -> None:
+    state = vgg_weights()
+    torch.save({k: v for k, v in state.items() if k not in HEADS}, tmp_path / "vgg16.pth")
+    save_file({k: state[k] for k in HEADS}, tmp_path / "heads.safetensors")
+    urls = [(tmp_path / name).as_uri() for name in ("vgg16.pth", "heads.safetensors")]
+    assert all(url.startswith("file:///") for url in urls)
+    loss = make("lpips", weights=urls[0], heads=urls[1])
+    assert torch.equal(loss.trunk[28].weight, state["features.28.weight"])
+    assert torch.equal(loss.heads[4], state[HEADS[4]].flatten())
+    with pytest.raises(DataError, match="There is no weights file"):
+        make("lpips", weights=urls[0] + ".gone")
+
+
 @pytest.mark.slow
 def test_lpips_agrees_with_torchmetrics_and_its_published_heads(tmp_path: Path) -> None:
     state = {name: value for name, value in vgg_weights().items() if name.startswith("features.")}

@@ -91,6 +91,40 @@ def test_qk_norm_adds_two_vectors_of_head_width_per_block() -> None:
     assert normed - plain == 130_557_728 - 130_556_192
 
 
+def test_layer_norm_of_queries_and_keys_adds_scales_and_shifts() -> None:
+    # A scale and a shift of head width for queries and keys of each of 12 blocks.
+    with torch.device("meta"):
+        plain, normed = (
+            count(make("sit/B-2", pooled=768, qk_norm=on, qk_norm_type="layer", grid=(32, 32))) for on in (False, True)
+        )
+    assert normed - plain == 12 * 2 * 2 * 64
+
+
+def test_what_hardly_shows_in_outputs() -> None:
+    model = make(**TINY, qk_norm=True, qk_norm_type="layer")
+    block = model.blocks()[0]
+    assert [m.eps for m in (model.norm, block.norm1, block.norm2)] == [1e-6] * 3
+    assert [m.eps for m in (block.norm_q, block.norm_k)] == [1e-5] * 2
+    assert block.mlp[1].approximate == "tanh"
+    assert not any(m.elementwise_affine for m in (model.norm, block.norm1, block.norm2))
+
+
+def test_outputs_are_maps_one_after_the_other() -> None:
+    """Two outputs are what the rows of each give alone; the head runs over cells, then over all channels."""
+    both = disturbed(make(**TINY, outputs=2))
+    x, t, condition = inputs(both)
+    velocity = both(x, t, condition).velocity
+    assert velocity.shape == (2, 8, 4, 4)
+    for index in range(2):
+        one = make(**TINY)
+        state = dict(both.state_dict())
+        for part in ("weight", "bias"):
+            head = state[f"head.{part}"]
+            state[f"head.{part}"] = head.view(4, 2, 4, *head.shape[1:])[:, index].flatten(0, 1)
+        one.load_state_dict(state)
+        torch.testing.assert_close(one(x, t, condition).velocity, velocity[:, 4 * index : 4 * index + 4])
+
+
 @pytest.mark.parametrize(("size", "gflop"), [("S", 12.1), ("B", 46.0), ("L", 161.4), ("XL", 237.24)])
 def test_flops_of_published_models(size: str, gflop: float) -> None:
     n = SIZES[size][1]
@@ -268,6 +302,8 @@ def test_blocks_compile_into_one_graph_each() -> None:
         ({"width": 30}, "multiple of 4"),
         ({"heads": 5}, "multiple of 4"),
         ({"depth": 0}, "depth"),
+        ({"outputs": 0}, "outputs"),
+        ({"qk_norm_type": "batch"}, "qk_norm_type"),
     ],
 )
 def test_what_cannot_be_made_is_refused(arguments: dict[str, Any], message: str) -> None:

@@ -7,7 +7,6 @@ from underpaint_demo_adapter.adapter import Linear
 from underpaint_demo_backbone.backbone import Conv as Backbone
 from underpaint_demo_conditioner.conditioner import Table
 from underpaint_demo_decoder.decoder import Conv as Decoder
-from underpaint_demo_loss.loss import Charbonnier
 from underpaint_demo_metric.metric import MeanAbsoluteError
 from underpaint_demo_sampler.sampler import Midpoint
 from underpaint_demo_tracker.tracker import Csv
@@ -223,58 +222,6 @@ class OneForAll(Table):
 
     def forward(self, inputs, drop=None):
         return super().forward(torch.zeros_like(inputs), drop)
-
-
-# ------------------------------------------------------------------------------ losses
-
-
-class NotScalar(Charbonnier):
-    """Returns one value per sample."""
-
-    def forward(self, step):
-        return {"x": (step.reconstruction.image - step.images).square().mean((1, 2, 3))}
-
-
-class Undeclared(Charbonnier):
-    """Reads a field that it does not declare."""
-
-    def forward(self, step):
-        return {"x": super().forward(step)["charbonnier"] + step.posterior.kl().mean()}
-
-
-class UnknownNeed(Charbonnier):
-    """Needs a field that does not exist."""
-
-    needs = frozenset({"images", "reconstruction", "depth"})
-
-
-class Sums(Charbonnier):
-    """Sums over the batch."""
-
-    def forward(self, step):
-        return {"x": (step.reconstruction.image - step.images).square().sum()}
-
-
-class Detached(Charbonnier):
-    """Cuts the gradient."""
-
-    def forward(self, step):
-        return {"x": super().forward(step)["charbonnier"].detach().requires_grad_(True)}
-
-
-class RootAtZero(Charbonnier):
-    """Takes the root of a distance."""
-
-    def forward(self, step):
-        return {"x": (step.reconstruction.image - step.images).square().mean((1, 2, 3)).sqrt().mean()}
-
-
-class InPlace(Charbonnier):
-    """Clamps the originals in place."""
-
-    def forward(self, step):
-        step.images.mul_(0.5)
-        return super().forward(step)
 
 
 # ------------------------------------------------------------------------------ metrics

@@ -65,10 +65,20 @@ MUTANTS = {
         "NotScalar": {"terms_as_declared"},
         "Undeclared": {"reads_only_what_it_needs"},
         "UnknownNeed": {"reads_only_what_it_needs"},
+        "Unseeded": {"repeats_with_seed"},
         "Sums": {"mean_over_batch"},
         "Detached": {"gradients_reach_outputs"},
         "RootAtZero": {"finite_at_the_optimum"},
+        "NoAutocast": {"finite_in_autocast"},
         "InPlace": {"leaves_inputs_alone"},
+        "NothingTrains": {"trains_as_declared"},
+        "IdleHead": {"trains_as_declared"},
+        "FrozenCritic": {"critic_learns"},
+        "HeadOutside": {"critic_learns"},
+        "TeachesCritic": {"model_spares_critic"},
+        "CountsCalls": {"model_spares_critic"},
+        "LeavesFlags": {"model_spares_critic"},
+        "TeachesModel": {"critic_spares_model"},
     },
     "metric": {
         "Tensors": {"values_are_numbers"},
@@ -125,7 +135,7 @@ _CONFIGS = {
 }
 
 
-_MODULES = {"dataset": "datasets", "encoder": "encoders"}
+_MODULES = {"dataset": "datasets", "encoder": "encoders", "loss": "losses"}
 
 
 def _register(kind, register):

@@ -41,6 +41,7 @@ _EXAMPLES = {
     "dataset": _Example("gradients", "Gradients", "Colour gradients, computed when read", {"count": 20, "size": 16}),
     "sampler": _Example("midpoint", "Midpoint", "The midpoint method for the flow", {"steps": 8}),
     "tracker": _Example("csv", "Csv", "Scalars as CSV, pictures as PNG", has_config=False),
+    "importer": _Example("flat", "Flat", "Tokenizers of one flat weights file"),
 }
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import click
 
-from underpaint.config.recipe import apply_overrides, dump_recipe, recipe_from_plain
+from underpaint.config.recipe import apply_overrides, dump_recipe, plain_component, recipe_from_plain
 from underpaint.config.schema import Recipe
-from underpaint.run.recipes import PREFIX, check_recipe, load_recipe, read_recipe
+from underpaint.run.recipes import PREFIX, check_recipe, read_recipe
 
 __all__ = ["quickstart", "train"]
 
@@ -17,16 +17,19 @@ __all__ = ["quickstart", "train"]
 @click.command()
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--data", metavar="PATH", help="Your images: a folder, Parquet or tar files.  [default: the recipe's]")
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder.  [default: runs/NAME]")
 @click.option("--until", metavar="STAGE", help="Stop after this stage, 'latents', 'diffusion' or 'samples'.")
 @click.option("--print-config", is_flag=True, help="Print the complete recipe and stop.")
-def train(config: str, overrides: tuple[str, ...], out: Path | None, until: str | None, print_config: bool) -> None:
+def train(
+    config: str, overrides: tuple[str, ...], data: str | None, out: Path | None, until: str | None, print_config: bool
+) -> None:
     """Run a recipe, or a part of it.
 
     CONFIG is a YAML file or 'recipe:NAME'; KEY=VALUE pairs such as 'stages.align.steps=100' change it. Run the same
     command again to go on after an interruption. Works alone, under torchrun, the deepspeed launcher and SLURM.
     """
-    recipe = load_recipe(config, overrides)
+    recipe = _recipe(config, data, overrides)
     if print_config:
         click.echo(dump_recipe(recipe), nl=False)
         return
@@ -49,18 +52,23 @@ def quickstart(data: str | None, out: Path, overrides: tuple[str, ...]) -> None:
     Trains a tokenizer in AlignTok's three stages, caches its latents, trains a small SiT on them, draws samples,
     measures both, and writes OUT/report/index.html.
     """
-    plain = read_recipe(f"{PREFIX}quickstart")
+    _run(_recipe(f"{PREFIX}quickstart", data, overrides), out, None)
+    click.echo(f"Report: {out / 'report' / 'index.html'}")
+
+
+def _recipe(source: str, data: str | None, overrides: tuple[str, ...]) -> Recipe:
+    """Read a recipe, on the user's images where they gave some, and check it."""
+    plain = read_recipe(source)
     if data is not None:
-        from underpaint.config.recipe import plain_component
         from underpaint.data.sources import guess_dataset
 
         guessed = guess_dataset(data)
-        plain["data"]["train"] = plain_component(guessed.train)
-        plain["data"]["validation"] = None if guessed.validation is None else plain_component(guessed.validation)
+        section = plain.setdefault("data", {})
+        section["train"] = plain_component(guessed.train)
+        section["validation"] = None if guessed.validation is None else plain_component(guessed.validation)
     recipe = recipe_from_plain(apply_overrides(plain, overrides))
     check_recipe(recipe)
-    _run(recipe, out, None)
-    click.echo(f"Report: {out / 'report' / 'index.html'}")
+    return recipe
 
 
 def _run(recipe: Recipe, out: Path, until: str | None) -> None:

@@ -27,16 +27,16 @@ class TimeConfig:
     """Distribution of the noise fraction t during training: drawn, kept to a range, then shifted.
 
     Attributes:
-        distribution: On [0, 1]: ``uniform``; ``logit-normal``, the sigmoid of a normal variable; ``mode``, which favours
-            the middle by a factor (both Esser et al. 2024, §3.1).
+        distribution: On [0, 1]: ``uniform``; ``logit-normal``, the sigmoid of a normal variable; ``mode``, which
+            favours the middle by a factor (both Esser et al. 2024, §3.1).
         mean: Mean of that normal variable, in our time (0 data, 1 noise).
         std: Its standard deviation.
         mode: s of the mode distribution, from −1 to 2/(π−2); above 0 favours the middle, 0 is uniform.
         range: The distribution is truncated to this part of [0, 1].
         uniform_from: Optimizer step from which t is uniform instead (LightningDiT); None for never.
         shift: α of t' = αt / (1 + (α−1)t), above 1 towards noise; or the rule that gives α for B×d×h×w latents:
-            ``latent`` is √(d·h·w / 4096) (RAE), ``tokens`` is √(tokens / 256) (Esser et al. 2024, eq. 23), ``flux`` is
-            FLUX's exp(μ), with μ on a line from 0.5 at 256 tokens to 1.15 at 4096.
+            ``latent`` is √(d·h·w / 4096) (RAE), ``tokens`` is √(tokens / 256) (Esser et al. 2024, §5.3.2), ``flux``
+            is FLUX's exp(μ), with μ on a line from 0.5 at 256 tokens to 1.15 at 4096.
         patch: Latent cells of one token, per side, for the rules that count tokens.
     """
 

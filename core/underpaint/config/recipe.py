@@ -167,7 +167,7 @@ def plain_component(config: ComponentConfig) -> Any:
 
 def _flatten(value: Any) -> Any:
     if isinstance(value, (ComponentConfig, LossConfig)):
-        fields = {a.name: getattr(value, a.name) for a in attrs.fields(type(value)) if a.name != "options"}
+        fields = {a.name: _flatten(getattr(value, a.name)) for a in attrs.fields(type(value)) if a.name != "options"}
         options = unstructure(value.options)
         flat = {**fields, **options}
         return flat["name"] if list(flat) == ["name"] else flat

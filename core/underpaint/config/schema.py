@@ -169,6 +169,8 @@ class DataConfig:
         limit: Train on at most this many samples, a fixed random draw; None for all.
         size: Side of the square crop in pixels, or height and width.
         crop: Where the crop is taken after the short side was resized.
+        resize: Pixels that the short side of a training image is resized to before the crop, at least those of `size`;
+            None takes the smallest image that covers the crop, as measuring and encoding always do.
         flip: Flip half of the training images horizontally.
         workers: Loader processes per rank; 0 reads in the training process.
         memory: Decode the training images once and keep them on the training device of every rank: height·width·3
@@ -182,12 +184,18 @@ class DataConfig:
     limit: int | None = attrs.field(default=None, validator=_optional_positive)
     size: int | tuple[int, int] = 256
     crop: Literal["center", "random"] = "center"
+    resize: int | None = None
     flip: bool = False
     workers: int = attrs.field(default=2, validator=_not_negative)
     memory: bool = False
     max_broken: float = attrs.field(default=0.01, validator=_fraction)
 
     def __attrs_post_init__(self) -> None:
+        if self.resize is not None and self.resize < max(self.height, self.width):
+            raise ConfigError(
+                f"data.resize is {self.resize}, and the crop is {self.height}×{self.width}; resize to at least its "
+                "longer side, or leave it out."
+            )
         if self.memory and self.crop == "random":
             raise ConfigError(
                 "data.memory keeps every image as one crop, and data.crop is 'random'; set crop to 'center', or memory "

@@ -22,7 +22,7 @@ MIN_SIDE = 8
 
 @attrs.frozen
 class Crop:
-    """Resizes an image until it just covers the crop, then cuts the crop out.
+    """Resizes an image until it just covers the crop, or to a given size, then cuts the crop out.
 
     Resizing is Pillow's bicubic filter, which is antialiased when it shrinks. Images smaller than the crop
     are enlarged, as is the custom in the field.
@@ -32,12 +32,14 @@ class Crop:
         width: Pixels.
         crop: Where along the longer side the crop is taken.
         flip: Flip half of the images horizontally.
+        resize: Pixels of the resized image's shorter side, where that is more than covers the crop.
     """
 
     height: int = attrs.field(validator=v.gt(0))
     width: int = attrs.field(validator=v.gt(0))
     crop: Literal["center", "random"] = "center"
     flip: bool = False
+    resize: int | None = None
 
     def __call__(self, image: NDArray[np.uint8], rng: np.random.Generator, key: str = "image") -> NDArray[np.uint8]:
         """Cut one crop.
@@ -56,7 +58,7 @@ class Crop:
         height, width = image.shape[:2]
         if min(height, width) < MIN_SIDE:
             raise BrokenImageError(key, f"it is {height}×{width} pixels, smaller than {MIN_SIDE}")
-        scale = max(self.height / height, self.width / width)
+        scale = max(self.height / height, self.width / width, (self.resize or 0) / min(height, width))
         tall, wide = max(self.height, round(height * scale)), max(self.width, round(width * scale))
         if (tall, wide) != (height, width):
             image = np.asarray(Image.fromarray(image).resize((wide, tall), Image.Resampling.BICUBIC))

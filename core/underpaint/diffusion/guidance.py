@@ -52,11 +52,11 @@ def guided_field(
 ) -> VelocityField:
     """Return the velocity field that a sampler follows.
 
-    v = v_other + w·(v_cond − v_other) (Ho & Salimans 2022, eq. 6; Karras et al. 2024, eq. 3 with v_other of a weaker
-    model), for the first `channels` latent channels and for t within `interval`, both ends included (Kynkäänniemi et
-    al. 2024); v_cond elsewhere. t is what the field receives: after any shift of the sampler's grid. With a null
-    condition both velocities come from one pass over a doubled batch. Where guidance is off, and at scale 1, the
-    model sees the plain batch and the weaker model nothing.
+    v = v_other + w·(v_cond − v_other) for the first `channels` latent channels and for t within `interval`, both ends
+    included (Kynkäänniemi et al. 2024); v_cond elsewhere. v_other is the velocity under the null condition (Ho &
+    Salimans 2022, eq. 6), or that of a weaker model (AutoGuidance, Karras et al. 2024). t is what the field receives:
+    after any shift of the sampler's grid. With a null condition both velocities come from one pass over a doubled
+    batch. Where guidance is off, and at scale 1, the model sees the plain batch and the weaker model nothing.
 
     Args:
         velocity: The model.

@@ -19,7 +19,7 @@ from underpaint.config.diffusion import PathName, Predicts
 from underpaint.interfaces.backbone import Backbone
 from underpaint.interfaces.conditioner import Condition
 
-__all__ = ["PATHS", "Coefficients", "Cosine", "Linear", "Path", "Quantity", "VariancePreserving", "Velocity", "linear_velocity"]
+__all__ = ["PATHS", "Coefficients", "Path", "Quantity", "Velocity", "linear_velocity"]
 
 Quantity = Predicts | Literal["score"]
 
@@ -124,7 +124,7 @@ class Cosine(Path):
 
 
 class VariancePreserving(Path):
-    """α = exp(−t²(β1 − β0)/4 − tβ0/2), σ² = 1 − α², with β from 0.1 to 20 (Song et al. 2021, eq. 33).
+    """α = exp(−t²(β1 − β0)/4 − tβ0/2), σ² = 1 − α², with β from 0.1 to 20 (Song et al. 2021, appendix C).
 
     Data are not wholly gone at t = 1: α is 0.0066 there. Noisier states of the linear path are taken as those of t = 1.
     """

@@ -51,7 +51,7 @@ def _quantile(config: TimeConfig, rank: Tensor) -> Tensor:
         return rank
     if config.distribution == "logit-normal":
         return torch.sigmoid(config.mean + config.std * torch.special.ndtri(rank))
-    # Esser et al. 2024, eq. 20, with u = 1 − rank.
+    # f_mode of Esser et al. 2024, §3.1, with u = 1 − rank.
     return rank - config.mode * (torch.sin(math.pi / 2 * rank).square() - rank)
 
 

@@ -30,12 +30,15 @@ __all__ = ["FORMAT", "copy_generator", "copy_tokenizer", "load_folder", "save_ge
 FORMAT = 1
 """Version of the folder layout."""
 
+_MOMENTS = ("mean", "std")
+
 
 # ---------------------------------------------------------------------------------------------- saving
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Write a tokenizer to a folder, replacing what was there as a whole."""
+    statistics, moments = _plain_statistics(tokenizer.statistics)
     config = {
         "format": FORMAT,
         "type": "tokenizer",
@@ -44,12 +47,12 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
             "channels": tokenizer.latent_channels,
             "stride": tokenizer.stride,
             "fingerprint": tokenizer.fingerprint(),
-            "statistics": None if tokenizer.statistics is None else unstructure(tokenizer.statistics),
+            "statistics": statistics,
         },
         "about": tokenizer.about,
     }
     with _Replace(folder) as target:
-        _write(target, config, tokenizer.state_dict(), _card(config))
+        _write(target, config, {**tokenizer.state_dict(), **moments}, _card(config))
 
 
 def save_generator(generator: Generator, folder: Path) -> None:
@@ -60,6 +63,8 @@ def save_generator(generator: Generator, folder: Path) -> None:
         "components": {name: _spec(getattr(generator, name)) for name in ("backbone", "conditioner")},
         "grid": list(generator.grid),
         "classes": list(generator.classes),
+        "path": generator.path,
+        "predicts": generator.predicts,
         "sampling": {
             "sampler": {"name": generator.settings.sampler.name, **generator.settings.sampler.options},
             "guidance": unstructure(generator.settings.guidance),
@@ -74,6 +79,18 @@ def save_generator(generator: Generator, folder: Path) -> None:
     with _Replace(folder) as target:
         save_tokenizer(generator.tokenizer, target / "tokenizer")
         _write(target, config, own, _card(config))
+
+
+def _plain_statistics(statistics: LatentStatistics | None) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
+    """Return what ``config.json`` says of the statistics, and what goes beside the weights."""
+    if statistics is None:
+        return None, {}
+    plain = dict(unstructure(statistics))
+    if statistics.grid is None:
+        return plain, {}
+    # Hundreds of thousands of numbers would make the config unreadable.
+    moments = {name: torch.tensor(plain.pop(name), dtype=torch.float64) for name in _MOMENTS}
+    return plain, {f"statistics.{name}": tensor.view(-1, *statistics.grid) for name, tensor in moments.items()}
 
 
 class _Replace:
@@ -214,9 +231,15 @@ def _build(plain: Mapping[str, Any]) -> Any:
 def _tokenizer(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> Tokenizer:
     parts = {name: _build(config["components"][name]) for name in ("encoder", "adapter", "decoder")}
     latent = config["latent"]
-    statistics = latent["statistics"] and structure(latent["statistics"], LatentStatistics, "latent.statistics")
+    state, plain = dict(tensors), latent["statistics"]
+    if plain and plain.get("grid"):
+        beside = {name: state.pop(f"statistics.{name}", None) for name in _MOMENTS}
+        if None in beside.values():
+            raise DataError(f"'{where}' lacks the latent statistics that its config.json speaks of; it is incomplete.")
+        plain = {**plain, **{name: tensor.flatten().tolist() for name, tensor in beside.items() if tensor is not None}}
+    statistics = plain and structure(plain, LatentStatistics, "latent.statistics")
     tokenizer = Tokenizer(**parts, statistics=statistics, about=config["about"])
-    _load_state(tokenizer, tensors, where)
+    _load_state(tokenizer, state, where)
     if tokenizer.fingerprint() != latent["fingerprint"]:
         raise DataError(
             f"The weights in '{where}' do not give the fingerprint {latent['fingerprint']} of its config.json; "
@@ -233,6 +256,8 @@ def _generator(config: Mapping[str, Any], tensors: Mapping[str, Tensor], tokeniz
         _build(config["components"]["conditioner"]),
         grid=(config["grid"][0], config["grid"][1]),
         classes=config["classes"],
+        path=config.get("path", "linear"),
+        predicts=config.get("predicts", "velocity"),
         settings=SamplingSettings(
             sampler=structure(sampling["sampler"], ComponentConfig, "sampling.sampler"),
             guidance=structure(sampling["guidance"], type(SamplingSettings().guidance), "sampling.guidance"),
@@ -270,6 +295,8 @@ def copy_generator(generator: Generator, state: Mapping[str, Tensor]) -> Generat
         _build(_spec(generator.conditioner)),
         grid=generator.grid,
         classes=generator.classes,
+        path=generator.path,
+        predicts=generator.predicts,
         settings=generator.settings,
         about=generator.about,
     )

@@ -127,6 +127,7 @@ class Generator(nn.Module):
     def protocol(self, settings: SamplingSettings | None = None) -> dict[str, Any]:
         """Return solver and guidance as plain values, for the protocol of a number; a weaker model by its hash."""
         settings = settings or self.settings
+        check_guidance(settings.guidance, self.tokenizer.latent_channels)
         guidance = attrs.asdict(settings.guidance)
         if settings.guidance.weak is not None:
             weak = self._weaker(settings.guidance.weak)

@@ -22,19 +22,37 @@ __all__ = ["LatentStatistics", "Tokenizer"]
 
 @attrs.frozen
 class LatentStatistics:
-    """Per-channel statistics of a tokenizer's latents over a data set.
+    """Statistics of a tokenizer's latents over a data set, of each channel or of each value (rae.md §2.2).
 
     Attributes:
-        mean: d values.
-        std: d values, all positive.
-        count: Images they were computed on.
-        data: Fingerprint of those images.
+        mean: d values, or d·h·w with a grid: channel by channel, row by row.
+        std: As many values, all positive.
+        count: Images they were computed on; 0 where that is not known.
+        data: Fingerprint of those images; empty where that is not known.
+        grid: h and w of the latents whose every value has its own; None where those of a channel hold everywhere.
     """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
     count: int
     data: str
+    grid: tuple[int, int] | None = None
+
+    def tensors(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation as 1×d×1×1 or 1×d×h×w tensors of the type and device of some latents.
+
+        Raises:
+            DataError: The statistics are those of another grid.
+        """
+        if self.grid is not None and tuple(like.shape[-2:]) != self.grid:
+            raise DataError(
+                f"The tokenizer has latent statistics of each position of a {self.grid[0]}×{self.grid[1]} grid, and "
+                f"the latents are {like.shape[-2]}×{like.shape[-1]}; use images of the size that these were made from, "
+                "or let 'underpaint encode' compute statistics of each channel."
+            )
+        shape = (1, -1, *(self.grid or (1, 1)))
+        mean = torch.tensor(self.mean, dtype=like.dtype, device=like.device).view(shape)
+        return mean, torch.tensor(self.std, dtype=like.dtype, device=like.device).view(shape)
 
 
 class Tokenizer(nn.Module):
@@ -44,7 +62,7 @@ class Tokenizer(nn.Module):
         encoder: Images to features.
         adapter: Features to the latent posterior.
         decoder: Latents to images.
-        statistics: Per-channel mean and standard deviation of the latents, or None before they are known.
+        statistics: Mean and standard deviation of the latents, or None before they are known.
         about: Plain facts about how it was made, kept in the exported folder.
     """
 
@@ -109,10 +127,10 @@ class Tokenizer(nn.Module):
         return self.decode(self.encode(images))
 
     def standardise(self, latents: Tensor) -> Tensor:
-        """Return (z − mean) / std per channel, what diffusion models are trained on.
+        """Return (z − mean) / std, what diffusion models are trained on.
 
         Raises:
-            DataError: The statistics are not known yet.
+            DataError: The statistics are not known yet, or those of another grid.
         """
         mean, std = self._moments(latents)
         return (latents - mean) / std
@@ -127,9 +145,7 @@ class Tokenizer(nn.Module):
             raise DataError(
                 "This tokenizer has no latent statistics yet; 'underpaint encode' computes them over a data set."
             )
-        mean = torch.tensor(self.statistics.mean, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)
-        std = torch.tensor(self.statistics.std, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)
-        return mean, std
+        return self.statistics.tensors(like)
 
     def fingerprint(self) -> str:
         """Return a hash of what decides the latents: encoder and adapter, names, options and weights.

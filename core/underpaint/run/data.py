@@ -54,7 +54,7 @@ class RunData:
 
     def train_crop(self) -> Crop:
         """How training images are cut."""
-        return Crop(self.config.height, self.config.width, self.config.crop, self.config.flip)
+        return Crop(self.config.height, self.config.width, self.config.crop, self.config.flip, self.config.resize)
 
     def plain_crop(self) -> Crop:
         """How images are cut to be measured or encoded: from the middle, never flipped."""

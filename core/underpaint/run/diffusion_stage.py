@@ -56,6 +56,8 @@ def run_diffusion_stage(session: Session, tokenizer: Tokenizer, cache: LatentCac
         grid=grid,
         classes=session.data.classes,
         settings=SamplingSettings(sampler=recipe.evaluation.sampler, guidance=recipe.evaluation.guidance),
+        path=config.path,
+        predicts=config.predicts,
         about=_facts(session),
     )
     sizes = StepSizes(
@@ -65,7 +67,7 @@ def run_diffusion_stage(session: Session, tokenizer: Tokenizer, cache: LatentCac
         hidden_width=backbone.width,
     )
     losses = diffusion_losses(config, ranks.device, sizes)
-    module = DiffusionModule(backbone, conditioner, losses).to(ranks.device)
+    module = DiffusionModule(backbone, conditioner, losses, path=config.path, predicts=config.predicts).to(ranks.device)
     noise = StepNoise(config, shape, seed, ranks.device)
     one = LatentBatch(torch.zeros(1, *shape), _first_input(conditioner.accepts), slice(0, 1))
     flops = count_flops(module, lambda: _call(module, one, noise, 0, ranks.device)[0])

@@ -116,6 +116,8 @@ def _run(session: Session, until: str | None) -> None:
     tokenizer = build_tokenizer(recipe.tokenizer, recipe.seed)
     tokenizer.grid(data.config.height, data.config.width)
     metrics = make_metrics(recipe.evaluation.reconstruction, ranks.device)
+    # A decoder that nothing has trained yet shows noise.
+    decodes = recipe.tokenizer.load is not None
     for index, stage in enumerate(recipe.stages):
         result = folder.stage(stage.name) / "tokenizer"
         with _timed(timings, stage.name):
@@ -123,10 +125,12 @@ def _run(session: Session, until: str | None) -> None:
                 _say(ranks, f"stage {stage.name}: {' + '.join(stage.trains)} for {stage.steps} steps")
                 run_tokenizer_stage(session, index, tokenizer)
             tokenizer = load_tokenizer(str(result))
-        found, shown = _measured_reconstruction(session, tokenizer, metrics, stage.name)
-        numbers += found
-        pictures[f"reconstructions_{stage.name}"] = shown.images
-        pictures |= {"originals": shown.originals, "reconstructions": shown.images, "latents": shown.latents}
+        if decodes or any(part.startswith("decoder") for part in stage.trains):
+            decodes = True
+            found, shown = _measured_reconstruction(session, tokenizer, metrics, stage.name)
+            numbers += found
+            pictures[f"reconstructions_{stage.name}"] = shown.images
+            pictures |= {"originals": shown.originals, "reconstructions": shown.images, "latents": shown.latents}
         _keep(session, numbers, pictures, timings)
         if until == stage.name:
             return _finish(session, numbers, pictures, timings)

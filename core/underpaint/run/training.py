@@ -78,7 +78,8 @@ def train_stage(session: Session, plan: StagePlan) -> LoopResult:
     folder.mkdir(parents=True, exist_ok=True)
     if config.compile:
         for part in plan.compiled:
-            part.compile()
+            # Sizes are few and fixed; dynamic shapes cost speed, and some kernels do not compile with them.
+            part.compile(dynamic=False)
     micro_batch = plan.batch // (ranks.world_size * config.accumulation)
     engine = Engine(
         plan.module,

@@ -70,7 +70,7 @@ def close(got: Any, wanted: Any, what: str, tolerance: float = 1e-4) -> None:
         expect(value.shape == other.shape, f"{what}: {path} has shape {list(value.shape)}, not {list(other.shape)}")
         if value.numel() == 0:
             continue
-        scale = max(float(other.detach().abs().max()), 1e-6)
+        scale = max(float(other.detach().double().abs().max()), 1e-6)
         gap = float((value.detach().double() - other.detach().double()).abs().max())
         expect(gap <= tolerance * scale, f"{what}: {path} differs by {gap:.3g}, with values up to {scale:.3g}")
 

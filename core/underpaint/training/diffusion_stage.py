@@ -109,7 +109,7 @@ class DiffusionModule(nn.Module):
 
 
 def _by_time(output: Tensor, target: Tensor, t: Tensor) -> dict[str, Tensor]:
-    """Return sum and count of the samples' mean squared errors in tenths of the time, without waiting for the device."""
+    """Return sum and count of the samples' mean squared errors in tenths of the time; does not wait for the device."""
     errors = (output - target).square().flatten(1).mean(1)
     tenths = torch.arange(10, device=t.device)
     member = (t * 10).long().clamp(max=9)[:, None] == tenths

@@ -1,0 +1,48 @@
+"""Checks of importers: what they refuse. What they read is for each plugin's own tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from underpaint.errors import UnderpaintError
+from underpaint.testing.kit import Subject, check, expect
+
+__all__: list[str] = []
+
+
+def _refusal(subject: Subject, source: Path) -> str:
+    try:
+        found = subject.make().read(str(source))
+    except UnderpaintError as error:
+        return str(error)
+    raise AssertionError(f"it made a {type(found).__name__} of '{source.name}', which is not of its layout")
+
+
+@check("importer", since="1.1")
+def refuses_missing_source(subject: Subject) -> None:
+    """A source that does not exist is refused with an error that names it."""
+    path = subject.folder / "absent.safetensors"
+    message = _refusal(subject, path)
+    expect(path.name in message, f"the error does not name the source: {message}")
+
+
+@check("importer", since="1.1")
+def refuses_other_weights(subject: Subject) -> None:
+    """A file of other tensors is refused with an error that names the file and a tensor."""
+    path = subject.folder / "other.safetensors"
+    save_file({"no.such.layer": torch.zeros(3)}, path)
+    message = _refusal(subject, path)
+    expect(path.name in message, f"the error does not name the file: {message}")
+    expect("'" in message.replace(f"'{path}'", ""), f"the error names nothing that is missing or strange: {message}")
+
+
+@check("importer", since="1.1")
+def refuses_damaged_files(subject: Subject) -> None:
+    """A damaged file is refused with an error, not with a library's exception."""
+    path = subject.folder / "damaged.safetensors"
+    path.write_bytes(b"\x00" * 100)
+    message = _refusal(subject, path)
+    expect(path.name in message, f"the error does not name the file: {message}")

@@ -1,0 +1,139 @@
+"""The projected critic: heads on the features of a frozen encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import underpaint
+from underpaint import ConfigError, Encoder
+from underpaint_critics.adversary import Adversary, Judgement
+from underpaint_critics.config import ProjectedConfig
+from underpaint_critics.diffaugment import DiffAugment
+from underpaint_critics.layers import LocalBatchNorm, SpectralConv1d
+
+__all__ = ["Projected"]
+
+_KERNEL = 9
+
+
+class _Head(nn.Module):
+    """StyleGAN-T's head: a pointwise layer, a residual one over nine positions, and a logit per position."""
+
+    def __init__(self, channels: int, virtual_batch: int) -> None:
+        super().__init__()
+
+        def layer(kernel: int) -> nn.Sequential:
+            return nn.Sequential(
+                SpectralConv1d(channels, channels, kernel), LocalBatchNorm(channels, virtual_batch), nn.LeakyReLU(0.2)
+            )
+
+        self.first = layer(1)
+        self.second = layer(_KERNEL)
+        self.logit = SpectralConv1d(channels, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x = (self.second(x) + x) * 0.5**0.5
+        result: Tensor = self.logit(x)
+        return result
+
+
+class _Heads(nn.Module):
+    """One head for each map; all logits are of one scale."""
+
+    def __init__(self, channels: tuple[int, ...], virtual_batch: int) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(_Head(count, virtual_batch) for count in channels)
+
+    def forward(self, maps: tuple[Tensor, ...]) -> Judgement:
+        dtype = next(self.parameters()).dtype
+        logits = [head(seen.flatten(2).to(dtype)) for head, seen in zip(self.heads, maps, strict=True)]
+        return [[torch.cat(logits, dim=2)]]
+
+
+class Projected(Adversary):
+    """An adversarial loss with critic heads on a frozen encoder (Sauer et al. 2021; heads of StyleGAN-T, 2023).
+
+    Images are augmented (`DiffAugment`), brought to the encoder's size and encoded. Each map, its cells in raster
+    order, is judged by a head of its own: spectrally normed convolutions and `LocalBatchNorm`; 1,477,249 parameters at
+    384 channels. All logits of all heads count the same.
+
+    It differs from StyleGAN-T's and VFM-VAE's in what an encoder gives: they add each layer's own class token to the
+    cells of that layer, and have a fifth head on the patch embedding. Here the encoder's summary of the image (for DINO
+    its last class token, after the final norm) is added to all maps, and maps are block outputs. From RAE's it differs
+    in that images are resized with antialiasing and shifted after their colours are drawn.
+
+    The encoder is neither trained nor saved. It stands outside of the modules of the loss, and only moves with it.
+
+    Args:
+        config: Options.
+
+    Raises:
+        NotFoundError: There is no such encoder.
+        ConfigError: The options do not fit it.
+    """
+
+    share = 1.0
+
+    def __init__(self, config: ProjectedConfig) -> None:
+        options: dict[str, Any] = dict(config.options)
+        if config.layers is not None:
+            options["layers"] = config.layers
+        encoder: Encoder = underpaint.create("encoder", config.encoder, **options)
+        info = encoder.info
+        channels = info.channels + (info.channels[-1:] if config.second_last_head else ())
+        super().__init__(config, _Heads(channels, config.virtual_batch))
+        self._held = (encoder.eval().requires_grad_(False),)
+        self._name = config.encoder
+        self._again = config.second_last_head
+        self._pooled = config.pooled
+        self._crop = config.crop
+        self._quantise = config.quantise
+        self._augment = DiffAugment(color=config.color, translation=config.translation, cutout=config.cutout)
+        # An encoder may take images of another size than its own input, so that one patch covers a cell.
+        native = (info.native_size[0] // info.patch * info.stride, info.native_size[1] // info.patch * info.stride)
+        self._size = native if config.size is None else (config.size, config.size)
+        encoder.grid(*self._size)
+
+    def look(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return the maps of the augmented images."""
+        features = self._held[0](self._fit(self._augment(images)))
+        maps: tuple[Tensor, ...] = features.maps
+        if self._pooled:
+            pooled = features.pooled
+            if pooled is None or any(seen.shape[1] != pooled.shape[1] for seen in maps):
+                raise ConfigError(
+                    f"The encoder '{self._name}' gives no summary of the image that fits its maps; set the option "
+                    "'pooled' of the critic to false."
+                )
+            maps = tuple(seen + pooled[:, :, None, None] for seen in maps)
+        return maps + (maps[-1:] if self._again else ())
+
+    def as_shown(self, reconstruction: Tensor) -> Tensor:
+        """Round to 8 bit where that is asked for: 2·k/255 − 1 with k from 0 to 255."""
+        if not self._quantise:
+            return reconstruction
+        return ((reconstruction.clamp(-1.0, 1.0) + 1.0) * 127.5).round() / 127.5 - 1.0
+
+    def _fit(self, x: Tensor) -> Tensor:
+        """Bring images to the encoder's size: resized, or for a share of the batches cropped where that can be."""
+        (height, width), (h, w) = x.shape[-2:], self._size
+        if (height, width) == (h, w):
+            return x
+        if self._crop and height >= h and width >= w:
+            # Drawn on the CPU: the choice is Python's, and must not wait for the device.
+            coin, down, right = torch.rand(3, device="cpu").tolist()
+            if coin < self._crop:
+                top, left = int(down * (height - h + 1)), int(right * (width - w + 1))
+                return x[..., top : top + h, left : left + w]
+        return F.interpolate(x, size=(h, w), mode="bilinear", align_corners=False, antialias=True)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._held[0]._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self

@@ -1,0 +1,108 @@
+"""The transformer block with adaptive RMS normalisation, rotary positions and a gated MLP."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from underpaint_lightningdit.positions import rotate
+
+__all__ = ["Block", "GatedLinear", "ModulatedNorm", "attend"]
+
+_EPS = 1e-6
+
+
+class ModulatedNorm(nn.Module):
+    """RMS normalisation with a learned scale, then scaled and shifted by the condition."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
+        """Return B×N×C tokens; `scale` and `shift` are B×1×C or B×N×C."""
+        # The two scales meet before the tokens do: the gradients of both then need one sum over the tokens, not two.
+        normed = F.rms_norm(x, (x.shape[-1],), eps=_EPS) * (self.weight * (1.0 + scale))
+        return normed if shift is None else normed + shift
+
+
+class HeadNorm(nn.Module):
+    """RMS normalisation of queries or keys, with a learned scale for the channels of a head."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return B×N×heads×channels."""
+        # torch's own layer warns of, and is slow with, bf16 activations and fp32 scales, which autocast makes.
+        return F.rms_norm(x, (x.shape[-1],), eps=_EPS) * self.weight
+
+
+class GatedLinear(nn.Module):
+    """A linear layer whose gated output is added to the residual stream: x + gate·(W·h + bias)."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(inputs, outputs, bias=False)
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor, h: Tensor, gate: Tensor) -> Tensor:
+        """Return B×N×outputs, in the type of `x`; `gate` is B×1×outputs or B×N×outputs."""
+        # The bias is gated by itself: its gradient and the gate's then come from the same pass over the tokens.
+        return torch.addcmul(x + (gate * self.bias).to(x.dtype), gate, self.linear(h))
+
+
+class Block(nn.Module):
+    """Attention and SwiGLU, each normalised, modulated and gated by the condition (LightningDiT).
+
+    The gates start at zero, so that a new block passes its input on unchanged.
+    """
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, *, qk_norm: bool, shift: bool = True) -> None:
+        super().__init__()
+        self.heads = heads
+        self._shift = shift
+        hidden = int(2 / 3 * int(width * mlp_ratio))
+        self.norm1 = ModulatedNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.norm_q = HeadNorm(width // heads) if qk_norm else nn.Identity()
+        self.norm_k = HeadNorm(width // heads) if qk_norm else nn.Identity()
+        self.out = GatedLinear(width, width)
+        self.norm2 = ModulatedNorm(width)
+        self.up = nn.Linear(width, 2 * hidden)
+        self.down = GatedLinear(hidden, width)
+        self.modulation = nn.Linear(width, (6 if shift else 4) * width)
+
+    def forward(self, x: Tensor, condition: Tensor, rotation: Tensor) -> Tensor:
+        """Return B×N×C tokens.
+
+        Args:
+            x: B×N×C tokens.
+            condition: B×1×C or B×N×C vectors, already passed through SiLU.
+            rotation: Rotary positions of the tokens, from `grid_rotations`.
+        """
+        vectors: Tensor = self.modulation(condition)
+        shift1: Tensor | None = None
+        shift2: Tensor | None = None
+        if self._shift:
+            shift1, scale1, gate1, shift2, scale2, gate2 = vectors.chunk(6, dim=-1)
+        else:
+            scale1, gate1, scale2, gate2 = vectors.chunk(4, dim=-1)
+        x = self.out(x, self._mix(self.norm1(x, scale1, shift1), rotation), gate1)
+        a, b = self.up(self.norm2(x, scale2, shift2)).chunk(2, dim=-1)
+        result: Tensor = self.down(x, F.silu(a) * b, gate2)
+        return result
+
+    def _mix(self, x: Tensor, rotation: Tensor) -> Tensor:
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).view(b, n, 3, self.heads, c // self.heads).unbind(2)
+        q, k = rotate(self.norm_q(q), rotation), rotate(self.norm_k(k), rotation)
+        return attend(q.to(v.dtype), k.to(v.dtype), v)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return the attention's output, B×N×C, of queries, keys and values of B×N×heads×channels."""
+    mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return mixed.transpose(1, 2).flatten(2)

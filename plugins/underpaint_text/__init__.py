@@ -1,0 +1,41 @@
+"""Texts as a condition, through frozen text encoders."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from underpaint import hookimpl
+
+_CLIP = {"name": "text/open_clip", "options": {"model": "ViT-S-32-alt", "weights": "random"}}
+
+
+@hookimpl
+def register_conditioners(register: Any) -> None:
+    """Register ``text/open_clip``, ``text/hf`` and ``text/joint``."""
+    register(
+        "text/open_clip",
+        "underpaint_text.open_clip_text:OpenClipText",
+        config="underpaint_text.config:OpenClipTextConfig",
+        tiny=_CLIP["options"],
+        summary="Text tower of a CLIP model of open_clip: its tokens and its pooled vector",
+        licence="as published with each tag",
+        source="open_clip",
+    )
+    register(
+        "text/hf",
+        "underpaint_text.hf:HuggingFaceText",
+        config="underpaint_text.config:HuggingFaceTextConfig",
+        tiny={"folder": "random", "length": 40},
+        extra="text",
+        summary="A local folder of a text encoder of transformers: T5, CLIP or a sentence encoder",
+        licence="as published with each model",
+        source="transformers",
+    )
+    register(
+        "text/joint",
+        "underpaint_text.joint:JointText",
+        config="underpaint_text.config:JointTextConfig",
+        tiny={"parts": [{**_CLIP, "tokens": "none"}, _CLIP, {**_CLIP, "tokens": "beside", "pooled": False}]},
+        summary="Several text encoders at once, as Stable Diffusion 3 and FLUX have them",
+        source="Esser et al. 2024 (Stable Diffusion 3)",
+    )

@@ -1,0 +1,283 @@
+"""DiT as a backbone: its process as noise fractions, the conversion to a velocity, published counts."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import underpaint
+from underpaint import Condition, ConfigError, DataError, Prediction
+from underpaint_dit.schedule import alphas_cumprod, noise_fractions, timestep
+
+SIZES = {"S": 384, "B": 768, "L": 1024, "XL": 1152}
+TINY: dict[str, Any] = {"depth": 2, "width": 32, "heads": 4}
+FIRST, LAST = 0.0099, 0.9937
+"""Noise fractions of timesteps 0 and 999, to four digits."""
+
+
+def make(name: str = "dit/S-2", *, d: int = 4, grid: tuple[int, int] = (4, 4), pooled: int = 32, **options: Any) -> Any:
+    torch.manual_seed(0)
+    context = {"latent_channels": d, "grid": grid, "pooled_dim": pooled, "token_dim": 0}
+    return underpaint.create("backbone", name, **context, **options)
+
+
+def disturbed(model: nn.Module) -> Any:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=generator).to(p))
+    return model
+
+
+def inputs(b: int = 2, grid: tuple[int, int] = (4, 4), dtype: torch.dtype = torch.float32) -> Any:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(b, 4, *grid, generator=generator).to(dtype)
+    return x, torch.rand(b, generator=generator).to(dtype), Condition(pooled=torch.randn(b, 32, generator=generator))
+
+
+# ------------------------------------------------------------------------------------------------ the process
+
+
+def table() -> np.ndarray:
+    """ᾱ as a sum of logarithms, the betas equally spaced from 1e-4 to 2e-2."""
+    beta = np.array([1e-4 + (2e-2 - 1e-4) * i / 999 for i in range(1000)])
+    return np.exp(np.cumsum(np.log1p(-beta)))
+
+
+def test_the_table_is_that_of_the_linear_schedule() -> None:
+    np.testing.assert_allclose(alphas_cumprod().numpy(), table(), rtol=1e-11)
+    # Printed by the original: timesteps 0, 1, 250, 613, 999.
+    recorded = [0.9999, 0.9997800920720721, 0.5214230306185275, 0.021798901233696977, 4.035829765375676e-05]
+    np.testing.assert_allclose(alphas_cumprod()[[0, 1, 250, 613, 999]].numpy(), recorded, rtol=1e-9)
+
+
+def test_fractions_have_the_ratio_of_their_timestep() -> None:
+    t = noise_fractions().numpy()
+    np.testing.assert_allclose((1 - t) ** 2 / t**2, table() / (1 - table()), rtol=1e-9)
+    assert (round(t[0], 4), round(t[-1], 4)) == (FIRST, LAST)
+
+
+def test_timesteps_are_exact_at_the_table() -> None:
+    np.testing.assert_allclose(timestep(noise_fractions()).numpy(), np.arange(1000), atol=1e-9)
+    # What float32 loses of t is less than a fiftieth of a step.
+    np.testing.assert_allclose(timestep(noise_fractions().float()).numpy(), np.arange(1000), atol=0.02)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.floats(0.0, 1.0))
+def test_timesteps_interpolate_the_logarithm_of_the_ratio(t: float) -> None:
+    ratio = np.sqrt((1 - table()) / table())
+    with np.errstate(divide="ignore"):
+        expected = np.interp(np.log(np.float64(t) / np.float64(1 - t)) if t < 1 else np.inf, np.log(ratio), range(1000))
+    assert float(timestep(torch.tensor([t], dtype=torch.float64))) == pytest.approx(expected, abs=1e-6)
+
+
+def test_timesteps_are_clamped() -> None:
+    t = torch.tensor([0.0, 1e-12, 0.009, 0.994, 1.0])
+    assert timestep(t).tolist() == [0.0, 0.0, 0.0, 999.0, 999.0]
+
+
+# --------------------------------------------------------------------------------------------- the conversion
+
+
+class Oracle(nn.Module):
+    """A network that knows the noise, and notes what it is given."""
+
+    def __init__(self, noise: Tensor) -> None:
+        super().__init__()
+        self.noise = noise
+
+    def forward(self, x: Tensor, t: Tensor, condition: Condition, layers: Any = ()) -> Prediction:
+        self.x, self.t = x, t
+        return Prediction(torch.cat((self.noise, torch.full_like(self.noise, 99.0)), dim=1))
+
+
+def oracle(noise: Tensor) -> tuple[Any, Any]:
+    model = make(**TINY)
+    model.network = Oracle(noise)
+    return model, model.network
+
+
+@pytest.mark.parametrize("t", [0.0, 0.001, 0.3, 0.5, 0.9, 0.993])
+def test_the_right_noise_gives_the_right_velocity(t: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x0, noise = torch.randn(2, 1, 4, 4, 4, generator=generator, dtype=torch.float64)
+    model, network = oracle(noise)
+    time = torch.tensor([t], dtype=torch.float64)
+    velocity = model((1 - t) * x0 + t * noise, time, Condition()).velocity
+    torch.testing.assert_close(velocity, noise - x0)
+    # What the network saw is DiT's own mixture at that ratio of signal to noise.
+    kept = (1 - t) ** 2 / ((1 - t) ** 2 + t**2)
+    torch.testing.assert_close(network.x, math.sqrt(kept) * x0 + math.sqrt(1 - kept) * noise)
+
+
+def test_table_points_are_dits_own_latents() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x0, noise = torch.randn(2, 4, 4, 4, 4, generator=generator, dtype=torch.float64)
+    model, network = oracle(noise)
+    steps = torch.tensor([0, 1, 500, 999])
+    t = noise_fractions()[steps]
+    column = t[:, None, None, None]
+    model((1 - column) * x0 + column * noise, t, Condition())
+    kept = torch.from_numpy(table())[steps][:, None, None, None]
+    torch.testing.assert_close(network.x, kept.sqrt() * x0 + (1 - kept).sqrt() * noise)
+    torch.testing.assert_close(network.t, steps.double())
+
+
+def test_pure_noise_is_read_as_the_last_timestep() -> None:
+    noise = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    model, network = oracle(0.9 * noise)
+    velocity = model(noise, torch.ones(2, dtype=torch.float64), Condition()).velocity
+    assert torch.equal(network.x, noise)
+    assert network.t.tolist() == [999.0, 999.0]
+    # √ᾱ·x0 = x − √(1 − ᾱ)·ε, in the scale of our path at that noise fraction.
+    kept = table()[-1]
+    x0 = (noise - math.sqrt(1 - kept) * 0.9 * noise) / math.sqrt(kept)
+    torch.testing.assert_close(velocity, 0.9 * noise - x0)
+
+
+def test_velocity_is_continuous_where_it_is_clamped() -> None:
+    model = disturbed(make(**TINY).double())
+    x, _, condition = inputs(dtype=torch.float64)
+    for edge in (noise_fractions()[0], noise_fractions()[-1]):
+        below, above = (model(x, (edge + e).expand(2), condition).velocity for e in (-1e-9, 1e-9))
+        torch.testing.assert_close(below, above, rtol=1e-4, atol=1e-4)
+
+
+def test_conversion_is_precise_in_bfloat16() -> None:
+    """1 − t is not rounded with the latent: at t = 0.99 in bfloat16 it would be 2^-6 or nothing."""
+    noise = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    model, _ = oracle(noise.bfloat16())
+    x = (0.5 * noise).bfloat16()
+    velocity = model(x, torch.tensor([0.99]), Condition()).velocity
+    assert velocity.dtype == torch.bfloat16
+    expected = (noise.bfloat16().double() - x.double()) / 0.01
+    torch.testing.assert_close(velocity.double(), expected, rtol=0.01, atol=0.1)
+
+
+# ------------------------------------------------------------------------------------------ published numbers
+
+
+def published(name: str) -> tuple[int, float]:
+    """Return parameters with the label table of 1000 classes, and GFLOPs of a 32×32×4 latent."""
+    n = SIZES[name.partition("-")[0]]
+    with torch.device("meta"):
+        model = make(f"dit/{name}", grid=(32, 32), pooled=n)
+        x, t, pooled = torch.empty(1, 4, 32, 32), torch.empty(1), torch.empty(1, n)
+    counter = FlopCounterMode(display=False)
+    with counter, sdpa_kernel(SDPBackend.MATH):
+        model(x, t, Condition(pooled=pooled))
+    return sum(p.numel() for p in model.parameters()) + 1001 * n, counter.get_total_flops() / 1e9
+
+
+def test_xl_2() -> None:
+    # A multiply-add counts two: the paper's "118.6 Gflops" are multiply-adds.
+    parameters, gflops = published("XL-2")
+    assert (round(parameters / 1e6, 1), round(gflops, 2)) == (674.8, 237.24)
+    assert round(gflops / 2, 1) == 118.6
+
+
+def test_s_2() -> None:
+    parameters, gflops = published("S-2")
+    # The file's number includes the fixed positions of 256 tokens.
+    assert (parameters + 256 * 384, round(gflops, 2)) == (32_963_360, 12.11)
+
+
+@pytest.mark.parametrize(
+    ("name", "gmac"),
+    # Peebles & Xie 2023: multiply-adds, and up to two in ten thousand of something else.
+    [
+        ("S-8", 0.36),
+        ("S-4", 1.41),
+        ("B-8", 1.42),
+        ("B-4", 5.56),
+        ("B-2", 23.01),
+        ("L-8", 5.01),
+        ("L-4", 19.70),
+        ("L-2", 80.71),
+        ("XL-8", 7.39),
+        ("XL-4", 29.05),
+    ],
+)
+def test_gflops_of_the_paper(name: str, gmac: float) -> None:
+    assert published(name)[1] / 2 == pytest.approx(gmac, abs=0.006, rel=3e-4)
+
+
+# ---------------------------------------------------------------------------------------------- as a backbone
+
+
+def test_backbone_surface() -> None:
+    model = disturbed(make(**TINY))
+    x, t, condition = inputs(grid=(4, 6))
+    prediction = model(x, t, condition, layers=[1])
+    assert prediction.velocity.shape == x.shape
+    assert prediction.hidden[1].shape == (2, 6, 32)
+    assert (model.width, model.patch, len(model.blocks())) == (32, 2, 2)
+
+
+def test_the_variance_is_kept_and_not_read() -> None:
+    model = disturbed(make(**TINY))
+    x, t, condition = inputs()
+    noise, fraction = model.noise_and_variance(x, torch.tensor([3, 700]), condition)
+    assert noise.shape == fraction.shape == x.shape
+    before = model(x, t, condition).velocity
+    head = model.network.head
+    rows = [cell * 8 + 4 + channel for cell in range(4) for channel in range(4)]
+    with torch.no_grad():
+        head.weight[rows] += 1.0
+    assert torch.equal(model(x, t, condition).velocity, before)
+    assert not torch.equal(model.noise_and_variance(x, torch.tensor([3, 700]), condition)[1], fraction)
+
+
+def test_training_reaches_the_noise_and_not_the_variance() -> None:
+    model = make(**TINY)
+    x, t, condition = inputs()
+    model(x, t, condition).velocity.square().sum().backward()
+    gradient = model.network.head.weight.grad.view(4, 2, 4, 32)
+    assert bool((gradient[:, 0].abs().sum() > 0).all())
+    assert float(gradient[:, 1].abs().max()) == 0.0
+
+
+def test_starts_with_no_noise_predicted() -> None:
+    model = make(**TINY)
+    x, t, condition = inputs()
+    torch.testing.assert_close(model(x, t, condition).velocity, -x / (1 - t)[:, None, None, None])
+
+
+def test_recomputation_reaches_the_network() -> None:
+    plain, again = make(**TINY), make(**TINY, recompute=True)
+    again.load_state_dict(disturbed(plain).state_dict())
+    for model in (plain.train(), again.train()):
+        model(*inputs()).velocity.square().sum().backward()
+    for a, b in zip(plain.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+    assert again.network.spec.options["recompute"] is True
+
+
+def test_trains_after_inference_mode() -> None:
+    model = make(**TINY)
+    with torch.inference_mode():
+        model(*inputs())
+    model(*inputs()).velocity.sum().backward()
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(ConfigError, match="4×5 cells does not divide into patches of 2×2"):
+        make(**TINY, grid=(4, 5))
+    with pytest.raises(ConfigError, match="multiple of 4"):
+        make(**{**TINY, "heads": 5})
+    model = make(**TINY)
+    x, t, condition = inputs()
+    with pytest.raises(DataError, match="Layer 2 was asked for"):
+        model(x, t, condition, layers=[2])
+    with pytest.raises(DataError, match="made with a pooled condition"):
+        model(x, t, Condition())
