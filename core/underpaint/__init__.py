@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from underpaint.interfaces.metric import Metric
     from underpaint.interfaces.sampler import Sampler, VelocityField
     from underpaint.interfaces.tracker import Tracker
+    from underpaint.models.denoiser import Denoiser
     from underpaint.models.tokenizer import LatentStatistics, Tokenizer
     from underpaint.registration.registrar import RecipeRegistrar, Registrar
     from underpaint.weights import is_location, load_weights, tensor_hash
@@ -52,6 +53,7 @@ _HOME = {
     "DataError": "errors",
     "Dataset": "interfaces.dataset",
     "Decoder": "interfaces.decoder",
+    "Denoiser": "models.denoiser",
     "Encoder": "interfaces.encoder",
     "EncoderInfo": "interfaces.encoder",
     "Features": "interfaces.encoder",
@@ -100,6 +102,7 @@ __all__ = [
     "DataError",
     "Dataset",
     "Decoder",
+    "Denoiser",
     "Encoder",
     "EncoderInfo",
     "Features",

@@ -81,7 +81,8 @@ def load(location: str | Path) -> Any:
             gives its generator, or its tokenizer while it has no generator.
 
     Returns:
-        A `Tokenizer`, a `Generator` or a backbone, in evaluation mode on the CPU.
+        A `Tokenizer`, a `Generator`, or a `Denoiser` for a diffusion model without tokenizer, in evaluation mode on the
+        CPU.
 
     Raises:
         UnderpaintError: The folder is missing, damaged, or needs a plugin that is not installed.

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import underpaint
-from underpaint import Importer
+from underpaint import Denoiser, Importer
 from underpaint_lightningdit import SIZES
 from underpaint_lightningdit.foreign import Source, block_names
 from underpaint_lightningdit.positions import grid_positions, grid_rotations
@@ -48,8 +48,8 @@ class LightningDiTImporter(Importer):
         "feat_rope.freqs_sin": "fixed rotary positions, computed for any grid",
     }
 
-    def read(self, source: str) -> nn.Module:
-        """Return ``backbone`` and ``conditioner`` in a module dict, in evaluation mode on the CPU.
+    def read(self, source: str) -> Denoiser:
+        """Return the backbone with its class table, in evaluation mode on the CPU.
 
         Args:
             source: File or fsspec URL of a checkpoint. Of a training file the averaged weights are taken.
@@ -108,7 +108,7 @@ class LightningDiTImporter(Importer):
         )
         conditioner = underpaint.create("conditioner", "labels", width=width, classes=len(tensors[_TABLE]) - 1)
         file.fill(conditioner, {"table.weight": _TABLE}, {})
-        return nn.ModuleDict({"backbone": backbone, "conditioner": conditioner}).eval()
+        return Denoiser(backbone, conditioner).eval()
 
 
 def _mirror_time(weight: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import underpaint
-from underpaint import Backbone, Importer
+from underpaint import Backbone, Denoiser, Importer
 from underpaint_mmdit.published import count_blocks, fill, read_tensors, refuse
 
 __all__ = ["FluxImporter"]
@@ -59,7 +59,7 @@ class FluxImporter(Importer):
     Its text conditions hide no padding.
     """
 
-    def read(self, source: str) -> Backbone:
+    def read(self, source: str) -> Denoiser:
         """Return a ``flux/*`` backbone, in float32; see `Importer.read`."""
         tensors = read_tensors(source, "double_blocks.", _WHAT)
         width, cells = _matrix(tensors, "img_in.weight", source)
@@ -93,7 +93,7 @@ class FluxImporter(Importer):
             )
         assert isinstance(model, Backbone)
         fill(model, tensors, _published, source, _WHAT)
-        return model.eval()
+        return Denoiser(model).eval()
 
 
 def _matrix(tensors: Mapping[str, Tensor], key: str, source: str) -> tuple[int, int]:

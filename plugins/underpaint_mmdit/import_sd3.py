@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import underpaint
-from underpaint import Backbone, Importer
+from underpaint import Backbone, Denoiser, Importer
 from underpaint_mmdit.published import count_blocks, fill, read_tensors, refuse
 
 __all__ = ["SD3Importer"]
@@ -50,7 +50,7 @@ class SD3Importer(Importer):
     latents it was trained on are (z − 0.0609)·1.5305 of its autoencoder's. Its text conditions hide no padding.
     """
 
-    def read(self, source: str) -> Backbone:
+    def read(self, source: str) -> Denoiser:
         """Return an ``mmdit/*`` backbone, in float32; see `Importer.read`."""
         tensors = read_tensors(source, "joint_blocks.", _WHAT)
         width, channels, patch, _ = _shape(tensors, "x_embedder.proj.weight", 4, source)
@@ -78,7 +78,7 @@ class SD3Importer(Importer):
             )
         assert isinstance(model, Backbone)
         fill(model, _converted(tensors, channels, patch, table, source), _published, source, _WHAT)
-        return model.eval()
+        return Denoiser(model).eval()
 
 
 def _shape(tensors: Mapping[str, Tensor], key: str, dimensions: int, source: str) -> tuple[int, ...]:

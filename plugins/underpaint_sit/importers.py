@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import underpaint
-from underpaint import ConfigError, DataError, Importer, load_weights
+from underpaint import ConfigError, DataError, Denoiser, Importer, load_weights
 from underpaint_sit import SIZES
 from underpaint_sit.config import ImportConfig
 from underpaint_sit.positions import MAX_PERIOD, grid_positions
@@ -93,8 +93,8 @@ class SiTImporter(Importer):
     def __init__(self, config: ImportConfig) -> None:
         self._heads = config.heads
 
-    def read(self, source: str) -> nn.ModuleDict:
-        """Return the modules ``backbone`` and ``conditioner``, in evaluation mode on the CPU, in float32.
+    def read(self, source: str) -> Denoiser:
+        """Return the backbone with its class table, in evaluation mode on the CPU, in float32.
 
         Args:
             source: The file. EMA weights are taken where it holds several.
@@ -122,7 +122,7 @@ class SiTImporter(Importer):
         if self.mirrored:
             _mirror_time(backbone.get_parameter("time.0.weight"))
         self._fill(source, conditioner, {"table.weight": state[_TABLE]})
-        return nn.ModuleDict({"backbone": backbone, "conditioner": conditioner}).eval()
+        return Denoiser(backbone, conditioner).eval()
 
     # -- what the file is
 

@@ -32,6 +32,7 @@ PUBLIC = [
     "DataError",
     "Dataset",
     "Decoder",
+    "Denoiser",
     "Encoder",
     "EncoderInfo",
     "Features",

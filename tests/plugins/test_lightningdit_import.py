@@ -138,8 +138,8 @@ def read(format: str, state: dict[str, Any], folder: Path) -> nn.Module:
 
 def velocity(model: Any, t: list[float], side: int) -> Tensor:
     with torch.no_grad():
-        condition = model["conditioner"](torch.tensor([1, 3]))
-        return model["backbone"](latents(side), torch.tensor(t), condition).velocity
+        condition = model.conditioner(torch.tensor([1, 3]))
+        return model.backbone(latents(side), torch.tensor(t), condition).velocity
 
 
 def check(out: Tensor, mean: float, std: float, values: list[float]) -> None:
@@ -183,15 +183,15 @@ def test_ditdh_of_one_width(tmp_path: Path) -> None:
 def test_what_comes_back(tmp_path: Path) -> None:
     model: Any = read("lightningdit", lightningdit(2, qk_norm=True, shift=False), tmp_path)
     assert not model.training
-    assert model["backbone"].spec.name.startswith("lightningdit/")
-    assert model["backbone"].spec.context["grid"] == (8, 8)
-    assert model["conditioner"].classes == 5
+    assert model.backbone.spec.name.startswith("lightningdit/")
+    assert model.backbone.spec.context["grid"] == (8, 8)
+    assert model.conditioner.classes == 5
     table = formula("y_embedder.embedding_table.weight", (6, 48))
-    assert torch.equal(model["conditioner"].table.weight, table)
+    assert torch.equal(model.conditioner.table.weight, table)
     # Weights that influence no output in this configuration, such as a key's bias, are carried all the same.
-    assert torch.equal(model["backbone"].layers[1].qkv.bias, formula("blocks.1.attn.qkv.bias", (144,)))
+    assert torch.equal(model.backbone.layers[1].qkv.bias, formula("blocks.1.attn.qkv.bias", (144,)))
     model = read("rae-dit", ditdh(64, qk_norm=False), tmp_path)
-    assert torch.equal(model["backbone"].times.frequencies, formula("t_embedder.W", (256,)))
+    assert torch.equal(model.backbone.times.frequencies, formula("t_embedder.W", (256,)))
 
 
 def test_published_sizes_get_their_names() -> None:
@@ -212,8 +212,8 @@ def test_half_precision_files_of_both_kinds(suffix: str, tmp_path: Path) -> None
     else:
         save_file(state, path)
     model: Any = underpaint.create("importer", "rae-dit").read(str(path))
-    assert model["backbone"].embed.weight.dtype == torch.float32
-    assert torch.equal(model["backbone"].embed.bias, state["s_embedder.proj.bias"].float())
+    assert model.backbone.embed.weight.dtype == torch.float32
+    assert torch.equal(model.backbone.embed.bias, state["s_embedder.proj.bias"].float())
 
 
 # --------------------------------------------------------------------------------------------- what is refused

@@ -103,7 +103,10 @@ def weights(shapes: dict[str, tuple[int, ...]]) -> Tensors:
 def read(kind: str, tensors: Tensors, folder: Path, prefix: str = "") -> Any:
     path = folder / "published.safetensors"
     save_file({prefix + name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-    return underpaint.create("importer", kind).read(str(path))
+    model = underpaint.create("importer", kind).read(str(path))
+    assert isinstance(model, underpaint.Denoiser)
+    assert model.conditioner is None
+    return model.backbone
 
 
 @torch.no_grad()

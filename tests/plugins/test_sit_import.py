@@ -173,7 +173,7 @@ def test_the_layout_counts_as_the_published_files(shapes: dict[str, Any], keys: 
 
 def test_sit_is_mirrored_and_negated(tmp_path: Path) -> None:
     model = read("sit", filled(SHAPES["sit"]), tmp_path)
-    velocity = model["backbone"](x_t(), 1 - T, model["conditioner"](LABELS.clamp(max=4), LABELS == 5)).velocity
+    velocity = model.backbone(x_t(), 1 - T, model.conditioner(LABELS.clamp(max=4), LABELS == 5)).velocity
     equal(-velocity, GOLDEN["sit"])
 
 
@@ -181,8 +181,8 @@ def test_sit_is_mirrored_and_negated(tmp_path: Path) -> None:
 def test_repa(name: str, tmp_path: Path) -> None:
     state = filled(SHAPES[name])
     model = read(name, state, tmp_path)
-    condition = model["conditioner"](LABELS.clamp(max=4), LABELS == 5)
-    prediction = model["backbone"](x_t(), T, condition, layers=[1])
+    condition = model.conditioner(LABELS.clamp(max=4), LABELS == 5)
+    prediction = model.backbone(x_t(), T, condition, layers=[1])
     equal(prediction.velocity, GOLDEN[name])
     # Encoder depth 2 is our layer 1.
     equal(project(state, prediction.hidden[1]), GOLDEN[f"{name}-z"])
@@ -192,8 +192,8 @@ def test_repa(name: str, tmp_path: Path) -> None:
 def test_reg(name: str, tmp_path: Path) -> None:
     state = filled(SHAPES[name])
     model = read(name, state, tmp_path)
-    condition = model["conditioner"](LABELS.clamp(max=4), LABELS == 5)
-    prediction = model["backbone"](x_t(), T, condition, layers=[1], companion=formula("c", (2, 24)) * 4)
+    condition = model.conditioner(LABELS.clamp(max=4), LABELS == 5)
+    prediction = model.backbone(x_t(), T, condition, layers=[1], companion=formula("c", (2, 24)) * 4)
     equal(prediction.velocity, GOLDEN[name])
     equal(prediction.companion, GOLDEN_TOKEN[name], [0, 1, 25, -1])
     equal(project(state, prediction.hidden[1]), GOLDEN[f"{name}-z"])
@@ -215,12 +215,12 @@ def dit_table() -> np.ndarray:
 
 def test_dit_in_its_own_terms(tmp_path: Path) -> None:
     model = read("dit", filled(SHAPES["dit"]), tmp_path)
-    condition = Condition(pooled=model["conditioner"].table(LABELS))
+    condition = Condition(pooled=model.conditioner.table(LABELS))
     steps = torch.tensor([250, 613])
-    noise, fraction = model["backbone"].noise_and_variance(x_t(), steps, condition)
+    noise, fraction = model.backbone.noise_and_variance(x_t(), steps, condition)
     equal(noise, GOLDEN["dit"])
     equal(2 * fraction - 1, GOLDEN["dit-variance"])
-    equal(model["backbone"].noise_and_variance(x_t(), torch.tensor([0, 999]), condition)[0], GOLDEN["dit-ends"])
+    equal(model.backbone.noise_and_variance(x_t(), torch.tensor([0, 999]), condition)[0], GOLDEN["dit-ends"])
     # The step of a DDPM sampler, as the docstring says it: mean (Ho et al. 2020, eq. 7 and 11) and log-variance.
     beta, kept = np.linspace(1e-4, 0.02, 1000)[steps], dit_table()[steps]
     before = dit_table()[steps - 1]
@@ -234,12 +234,12 @@ def test_dit_in_its_own_terms(tmp_path: Path) -> None:
 
 def test_dit_as_a_velocity(tmp_path: Path) -> None:
     model = read("dit", filled(SHAPES["dit"]), tmp_path)
-    condition = Condition(pooled=model["conditioner"].table(LABELS))
+    condition = Condition(pooled=model.conditioner.table(LABELS))
     kept = torch.from_numpy(dit_table()[[250, 613]])
     # The latent of these timesteps, in our scale and at our time.
     t = (1 - kept).sqrt() / ((1 - kept).sqrt() + kept.sqrt())
     scale = ((1 - t) / kept.sqrt()).float()[:, None, None, None]
-    velocity = model["backbone"](x_t() * scale, t, condition).velocity
+    velocity = model.backbone(x_t() * scale, t, condition).velocity
     noise = x_t() * scale + (1 - t).float()[:, None, None, None] * velocity
     equal(noise, GOLDEN["dit"])
 
@@ -276,7 +276,7 @@ def test_what_sit_changes_in_weights(tmp_path: Path) -> None:
 def test_what_is_made_says_what_it_is(tmp_path: Path) -> None:
     model = read("reg-qk", filled(SHAPES["reg-qk"]), tmp_path)
     assert not model.training
-    backbone, conditioner = model["backbone"], model["conditioner"]
+    backbone, conditioner = model.backbone, model.conditioner
     options = {"depth": 3, "width": 32, "heads": 4, "patch": 2, "companion": 24, "mlp_ratio": 4.0}
     assert {k: backbone.spec.options[k] for k in options} == options
     assert (backbone.spec.name, conditioner.spec.name) == ("reg/S-2", "labels")
@@ -290,14 +290,14 @@ def test_published_sizes_are_found(format: str, family: str, tmp_path: Path, mon
     depth = {"sit": 2, "dit": 2}.get(format, 3)
     monkeypatch.setattr("underpaint_sit.importers.SIZES", {"B": (depth, 32, 4)})
     model = read(format, filled(SHAPES[format]), tmp_path, heads=None)
-    assert model["backbone"].spec.name == f"{family}/B-2"
-    assert model["backbone"].spec.options["heads"] == 4
+    assert model.backbone.spec.name == f"{family}/B-2"
+    assert model.backbone.spec.options["heads"] == 4
 
 
 def test_a_patch_without_a_name_keeps_its_options(tmp_path: Path) -> None:
     shapes = layout(patch=4, side=2, projector=16, joint=True)
     model = read("reg", filled(shapes), tmp_path)
-    assert (model["backbone"].spec.name, model["backbone"].patch) == ("reg/S-2", 4)
+    assert (model.backbone.spec.name, model.backbone.patch) == ("reg/S-2", 4)
 
 
 # ---------------------------------------------------------------------------------------------------- files

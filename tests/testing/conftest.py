@@ -1,4 +1,4 @@
-"""The ten packages that ``plugins new`` writes, importable, with their spoilt variants, as the installed plugins."""
+"""The eleven packages that ``plugins new`` writes, importable, with their spoilt variants, as the installed plugins."""
 
 import sys
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ def skeletons(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
 
 @pytest.fixture
 def demo(skeletons: list[str]) -> Iterator[PluginManager]:
-    """A manager of the ten packages and of the plugin file ``mutants.py`` alone."""
+    """A manager of the eleven packages and of the plugin file ``mutants.py`` alone."""
     manager = PluginManager(Switches(only=(), extra=(*skeletons, str(HERE / "mutants.py"))))
     reset_manager(manager)
     yield manager

@@ -122,6 +122,12 @@ MUTANTS = {
         "Fussy": {"accepts_bad_numbers"},
         "Overwrites": {"continues_its_folder"},
     },
+    "importer": {
+        "Inventive": {"refuses_missing_source"},
+        "Lenient": {"refuses_other_weights"},
+        "Raw": {"refuses_damaged_files"},
+        "Trusting": {"unpickles_no_code"},
+    },
 }
 
 _CONFIGS = {
@@ -132,10 +138,11 @@ _CONFIGS = {
     "loss": ("underpaint_demo_loss.config:CharbonnierConfig", {}),
     "dataset": ("underpaint_demo_dataset.config:GradientsConfig", {"count": 20, "size": 16}),
     "sampler": ("underpaint_demo_sampler.config:MidpointConfig", {"steps": 8}),
+    "importer": ("underpaint_demo_importer.config:FlatConfig", {}),
 }
 
 
-_MODULES = {"dataset": "datasets", "encoder": "encoders", "loss": "losses"}
+_MODULES = {"dataset": "datasets", "encoder": "encoders", "importer": "importers", "loss": "losses"}
 
 
 def _register(kind, register):
@@ -199,3 +206,8 @@ def register_samplers(register):
 @underpaint.hookimpl
 def register_trackers(register):
     _register("tracker", register)
+
+
+@underpaint.hookimpl
+def register_importers(register):
+    _register("importer", register)

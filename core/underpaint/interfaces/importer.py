@@ -27,7 +27,7 @@ class Importer(Component, ABC):
             source: File, folder or fsspec URL in the other project's layout.
 
         Returns:
-            An `underpaint.Tokenizer`, or a `Backbone`, made with `underpaint.create`.
+            An `underpaint.Tokenizer` or an `underpaint.Denoiser`, its parts made with `underpaint.create`.
 
         Raises:
             DataError: The source is not of that layout; the message names the first keys that do not fit.

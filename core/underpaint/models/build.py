@@ -11,6 +11,7 @@ from underpaint.interfaces.backbone import Backbone
 from underpaint.interfaces.conditioner import Conditioner
 from underpaint.interfaces.decoder import Decoder
 from underpaint.interfaces.encoder import Encoder
+from underpaint.models.denoiser import Denoiser
 from underpaint.models.folders import load_folder
 from underpaint.models.tokenizer import Tokenizer
 from underpaint.registration.manager import manager
@@ -56,9 +57,11 @@ def load_tokenizer(location: str) -> Tokenizer:
         DataError: The folder holds something else.
     """
     model = load_folder(location)
-    if not isinstance(model, Tokenizer):
-        return model.tokenizer
-    return model
+    if isinstance(model, Tokenizer):
+        return model
+    if isinstance(model, Denoiser):
+        raise DataError(f"'{location}' holds a diffusion model without a tokenizer; name a tokenizer's folder.")
+    return model.tokenizer
 
 
 def build_generator_parts(

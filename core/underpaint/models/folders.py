@@ -21,11 +21,20 @@ from underpaint.config.structure import structure, unstructure
 from underpaint.errors import DataError, NotFoundError
 from underpaint.interfaces.component import ComponentSpec
 from underpaint.interfaces.encoder import Encoder
+from underpaint.models.denoiser import Denoiser
 from underpaint.models.generator import Generator, SamplingSettings
 from underpaint.models.tokenizer import LatentStatistics, Tokenizer
 from underpaint.registration.manager import manager
 
-__all__ = ["FORMAT", "copy_generator", "copy_tokenizer", "load_folder", "save_generator", "save_tokenizer"]
+__all__ = [
+    "FORMAT",
+    "copy_generator",
+    "copy_tokenizer",
+    "load_folder",
+    "save_denoiser",
+    "save_generator",
+    "save_tokenizer",
+]
 
 FORMAT = 1
 """Version of the folder layout."""
@@ -93,6 +102,19 @@ def _plain_statistics(statistics: LatentStatistics | None) -> tuple[dict[str, An
     return plain, {f"statistics.{name}": tensor.view(-1, *statistics.grid) for name, tensor in moments.items()}
 
 
+def save_denoiser(denoiser: Denoiser, folder: Path) -> None:
+    """Write a diffusion model without tokenizer to a folder, replacing what was there as a whole."""
+    parts = {"backbone": denoiser.backbone, "conditioner": denoiser.conditioner}
+    config = {
+        "format": FORMAT,
+        "type": "denoiser",
+        "components": {name: _spec(part) for name, part in parts.items() if part is not None},
+        "about": denoiser.about,
+    }
+    with _Replace(folder) as target:
+        _write(target, config, denoiser.state_dict(), _card(config))
+
+
 class _Replace:
     """A folder written beside its place, then renamed into it."""
 
@@ -151,8 +173,8 @@ def _card(config: Mapping[str, Any]) -> str:
 # --------------------------------------------------------------------------------------------- loading
 
 
-def load_folder(location: str | Path) -> Tokenizer | Generator:
-    """Load a tokenizer or generator; see `underpaint.load`."""
+def load_folder(location: str | Path) -> Tokenizer | Generator | Denoiser:
+    """Load a tokenizer, generator or denoiser; see `underpaint.load`."""
     place = _Place(str(location))
     if not place.has("config.json"):
         for inner in ("generator", "tokenizer"):
@@ -175,7 +197,14 @@ def load_folder(location: str | Path) -> Tokenizer | Generator:
         tokenizer = load_folder(place.join("tokenizer"))
         assert isinstance(tokenizer, Tokenizer)
         return _generator(config, tensors, tokenizer, str(location))
-    raise DataError(f"'{location}' holds a {config.get('type')!r}, which is neither a tokenizer nor a generator.")
+    if config.get("type") == "denoiser":
+        parts = {name: _build(plain) for name, plain in config["components"].items()}
+        denoiser = Denoiser(**parts, about=config["about"])
+        _load_state(denoiser, tensors, str(location))
+        return denoiser.eval()
+    raise DataError(
+        f"'{location}' holds a {config.get('type')!r}, which is neither a tokenizer, a generator nor a denoiser."
+    )
 
 
 class _Place:

@@ -46,3 +46,23 @@ def refuses_damaged_files(subject: Subject) -> None:
     path.write_bytes(b"\x00" * 100)
     message = _refusal(subject, path)
     expect(path.name in message, f"the error does not name the file: {message}")
+
+
+class _Trap:
+    """Leaves a file behind when it is unpickled without care."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str, str]]:
+        return open, (self.path, "w")
+
+
+@check("importer", since="1.1")
+def unpickles_no_code(subject: Subject) -> None:
+    """A PyTorch file whose pickle would run code is refused, and the code does not run."""
+    trace, path = subject.folder / "ran", subject.folder / "trap.pt"
+    torch.save({"model": _Trap(str(trace))}, path)
+    message = _refusal(subject, path)
+    expect(not trace.exists(), "the file's code was run; read weights with underpaint.load_weights")
+    expect(path.name in message, f"the error does not name the file: {message}")

@@ -32,7 +32,7 @@ __all__ = [
     "parametrize",
 ]
 
-KIT_VERSION = "1.0"
+KIT_VERSION = "1.1"
 """Version of the list of checks. A minor version adds checks, a major one changes what a check demands."""
 
 ANY = "*"

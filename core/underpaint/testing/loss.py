@@ -196,7 +196,7 @@ def reads_only_what_it_needs(subject: Subject) -> None:
             expect(torch.allclose(value, part[name]), f"the term '{name}' depends on fields that needs does not name")
 
 
-@check("loss")
+@check("loss", since="1.1")
 def repeats_with_seed(subject: Subject) -> None:
     """Made and asked again with the same seed, it gives the same terms."""
     first, second = _sides(_loss(subject)), _sides(_loss(subject))
@@ -236,7 +236,7 @@ def gradients_reach_outputs(subject: Subject) -> None:
     expect(all(bool(torch.isfinite(gradient).all()) for gradient in found), "a gradient is not finite")
 
 
-@check("loss")
+@check("loss", since="1.1")
 def trains_as_declared(subject: Subject) -> None:
     """Where ``trains`` is set it has parameters, and a finite gradient reaches each of them."""
     loss = _loss(subject)
@@ -278,7 +278,7 @@ def finite_at_the_optimum(subject: Subject) -> None:
         expect(not bad, f"the gradient at {path} is not finite where it equals its reference")
 
 
-@check("loss")
+@check("loss", since="1.1")
 def finite_in_autocast(subject: Subject) -> None:
     """Under bfloat16 autocast, as the engine trains, terms and gradients are finite."""
     for side in _sides(_loss(subject)).values():
@@ -306,7 +306,7 @@ def leaves_inputs_alone(subject: Subject) -> None:
         expect(not changed, f"it changed {', '.join(changed)} in place")
 
 
-@check("loss")
+@check("loss", since="1.1")
 def critic_learns(subject: Subject) -> None:
     """The critic's terms give a finite gradient to all that trains, and all that trains is in ``critic``."""
     loss = _adversary(subject)
@@ -322,7 +322,7 @@ def critic_learns(subject: Subject) -> None:
     expect(not bad, f"the gradient of {', '.join(bad[:3])} is not finite")
 
 
-@check("loss")
+@check("loss", since="1.1")
 def model_spares_critic(subject: Subject) -> None:
     """The model's terms give the critic no gradient, and leave its parameters, buffers and flags as they are."""
     loss = _adversary(subject)
@@ -336,7 +336,7 @@ def model_spares_critic(subject: Subject) -> None:
     expect(not changed, f"forward changes the critic's {', '.join(changed[:3])}")
 
 
-@check("loss")
+@check("loss", since="1.1")
 def critic_spares_model(subject: Subject) -> None:
     """The critic's terms give no gradient to what the model made."""
     loss = _adversary(subject)

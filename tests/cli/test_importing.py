@@ -1,0 +1,108 @@
+"""``underpaint import``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from tests.plugins.test_ldm_import import filled as filled_ldm
+from tests.plugins.test_ldm_import import ldm_keys
+from tests.plugins.test_sit_import import filled, layout
+
+import underpaint
+from underpaint import ConfigError, DataError, NotFoundError
+from underpaint.cli.importing import import_
+from underpaint.models.denoiser import Denoiser
+from underpaint.models.folders import save_denoiser
+from underpaint.models.generator import Generator
+from underpaint.models.tokenizer import Tokenizer
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(import_, [str(a) for a in arguments])
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    torch.save(filled_ldm(ldm_keys(widths=(32, 64), blocks=1)), tmp_path / "vae.pt")
+    torch.save(filled(layout()), tmp_path / "sit.pt")
+    return tmp_path
+
+
+def test_tokenizer_and_diffusion_model_become_a_generator(files: Path) -> None:
+    done = call("ldm", files / "vae.pt", files / "vae", "scale=0.5")
+    assert done.exit_code == 0, done.output
+    assert "tokenizer, 4 channels at stride 2" in done.output
+    tokenizer = underpaint.load(files / "vae")
+    assert isinstance(tokenizer, Tokenizer)
+    assert tokenizer.statistics is not None
+    assert tokenizer.statistics.std == (2.0,) * 4
+
+    done = call("sit", files / "sit.pt", files / "sit", "heads=4")
+    assert done.exit_code == 0, done.output
+    alone = underpaint.load(files / "sit")
+    assert isinstance(alone, Denoiser)
+    assert alone.about["title"] == "Imported from sit"
+
+    done = call("sit", files / "sit.pt", files / "both", "heads=4", "--tokenizer", files / "vae")
+    assert done.exit_code == 0, done.output
+    generator = underpaint.load(files / "both")
+    assert isinstance(generator, Generator)
+    x, t = torch.randn(1, 4, 8, 8), torch.tensor([0.3])
+    with torch.no_grad():
+        condition = generator.conditioner(torch.tensor([2]))
+        assert torch.equal(
+            generator.backbone(x, t, condition).velocity,
+            alone.backbone(x, t, alone.conditioner(torch.tensor([2]))).velocity,
+        )
+    assert generator.sample(torch.tensor([1]), seeds=[0]).shape == (1, 3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (("sit", "sit.pt", "vae.pt"), ConfigError, "exists already"),
+        (("sitt", "sit.pt", "new"), NotFoundError, "Did you mean 'sit'"),
+        (("sit", "absent.pt", "new"), DataError, "absent.pt"),
+        (("sit", "vae.pt", "new", "heads=4"), DataError, "vae.pt"),
+        (("sit", "sit.pt", "new", "head=4"), ConfigError, "heads"),
+        (("ldm", "vae.pt", "new", "--tokenizer", "vae.pt"), ConfigError, "reads tokenizers"),
+        (("sit", "sit.pt", "new", "heads=4", "--tokenizer", "absent"), NotFoundError, "absent"),
+    ],
+)
+def test_mistakes_leave_nothing_behind(
+    files: Path, arguments: tuple[str, ...], error: type[Exception], message: str
+) -> None:
+    before = sorted(files.iterdir())
+    places = [files / a if a.endswith(".pt") or a in ("new", "absent") else a for a in arguments]
+    done = call(*places)
+    assert isinstance(done.exception, error), done.output
+    assert message in str(done.exception)
+    assert sorted(files.iterdir()) == before
+
+
+def test_tokenizer_must_be_the_models_own(files: Path) -> None:
+    torch.save(filled_ldm(ldm_keys(d=6, widths=(32, 64), blocks=1)), files / "six.pt")
+    assert call("ldm", files / "six.pt", files / "six", "scale=0.5").exit_code == 0
+    done = call("sit", files / "sit.pt", files / "both", "heads=4", "--tokenizer", files / "six")
+    assert isinstance(done.exception, DataError)
+    assert "takes latents of 4 channels" in str(done.exception)
+    assert call("ldm", files / "vae.pt", files / "bare").exit_code == 0
+    done = call("sit", files / "sit.pt", files / "both", "heads=4", "--tokenizer", files / "bare")
+    assert "has no latent statistics" in str(done.exception)
+
+
+def test_denoiser_without_conditioner_is_saved_and_is_no_generator(files: Path) -> None:
+    backbone = underpaint.create(
+        "backbone", "sit/S-2", width=32, depth=1, heads=2, latent_channels=4, grid=(4, 4), pooled_dim=32, token_dim=0
+    )
+    save_denoiser(Denoiser(backbone), files / "plain")
+    again = underpaint.load(files / "plain")
+    assert again.conditioner is None
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), backbone.parameters(), strict=True))
+    with pytest.raises(DataError, match="without a tokenizer"):
+        from underpaint.models.build import load_tokenizer
+
+        load_tokenizer(str(files / "plain"))
