@@ -17,20 +17,26 @@ def register_adapters(register: Any) -> None:
         "aligntok/mlp",
         "underpaint_aligntok.adapter:Mlp",
         config="underpaint_aligntok.config:MlpConfig",
-        summary="Two linear layers for each token, to a deterministic latent",
+        summary="Two linear layers for each token, to a deterministic latent, or a Gaussian one if asked for",
         source=_SOURCE,
     )
 
 
 @hookimpl
 def register_losses(register: Any) -> None:
-    """Register ``aligntok/semantic``."""
+    """Register ``aligntok/semantic`` and ``aligntok/latent-scale``."""
     register(
         "aligntok/semantic",
         "underpaint_aligntok.semantic:Semantic",
         config="underpaint_aligntok.config:SemanticConfig",
         summary="Distance of the latent to that of the frozen teacher (semantic preservation)",
         source=_SOURCE,
+    )
+    register(
+        "aligntok/latent-scale",
+        "underpaint_aligntok.semantic:LatentScale",
+        summary="Logs the standard deviation of the latent's channels; for the weight 0",
+        expected_failures={"gradients_reach_outputs": "It only measures."},
     )
 
 

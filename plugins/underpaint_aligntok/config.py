@@ -19,10 +19,12 @@ class MlpConfig:
     Attributes:
         hidden: Width between the two layers; None takes the encoder's width. (Not stated in the paper.)
         activation: Between the two layers. (Not stated in the paper.)
+        gaussian: Give mean and log-variance, for the loss ``kl``. (The paper tried it and reports no gain.)
     """
 
     hidden: int | None = attrs.field(default=None, validator=v.optional(v.gt(0)))
     activation: Literal["gelu", "silu", "relu"] = "gelu"
+    gaussian: bool = False
 
 
 @attrs.frozen(kw_only=True)

@@ -1,14 +1,15 @@
-"""The semantic preservation loss."""
+"""The semantic preservation loss, and the scale of the latent that its weight is to be read by."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from underpaint import Loss, StepTensors
 from underpaint_aligntok.config import SemanticConfig
 
-__all__ = ["Semantic"]
+__all__ = ["LatentScale", "Semantic"]
 
 
 class Semantic(Loss):
@@ -49,3 +50,20 @@ class Semantic(Loss):
             variance = frozen.var(dim=(0, 2, 3), correction=0, keepdim=True)
             squared = squared / variance.clamp_min(1e-6)
         return squared.mean()
+
+
+class LatentScale(Loss):
+    """Logs the standard deviation of the latent's channels over batch and cells: their mean, least and largest.
+
+    The squared distance of `Semantic` grows with the square of it, so the same weight means less for a small latent.
+    It has no gradient: give it the weight 0, or constants are added to the total.
+    """
+
+    needs = frozenset({"posterior"})
+
+    @torch.no_grad()
+    def forward(self, step: StepTensors) -> dict[str, Tensor]:
+        """Return ``latent_std``, ``latent_std_min`` and ``latent_std_max``."""
+        assert step.posterior is not None
+        std = step.posterior.mean.float().var(dim=(0, 2, 3), correction=0).sqrt()
+        return {"latent_std": std.mean(), "latent_std_min": std.min(), "latent_std_max": std.max()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from underpaint import hookimpl
@@ -45,6 +46,20 @@ def register_backbones(register: Any) -> None:
             summary=f"{depth} blocks of width {width} condition a head of 2 blocks of width 2048; one token a cell",
             source="Zheng et al. 2025 (RAE)",
         )
+
+
+@hookimpl
+def register_recipes(register: Any) -> None:
+    """Register every recipe of the folder ``recipes`` under the name of its file."""
+    for path in sorted(Path(__file__).with_name("recipes").glob("*.yaml")):
+        register(path.stem, path, summary=_about(path))
+
+
+def _about(path: Path) -> str:
+    # Parsing the YAML would cost more than the rest of the discovery.
+    with path.open(encoding="utf-8") as file:
+        lines = (line.partition(":") for line in file)
+        return next((text.strip().strip("\"'") for key, _, text in lines if key == "about"), "")
 
 
 @hookimpl

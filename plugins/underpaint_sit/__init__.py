@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from underpaint import hookimpl
@@ -34,15 +35,12 @@ def register_backbones(register: Any) -> None:
                 tiny={"depth": 2, "width": 64, "heads": 4, "companion": 24},
                 summary=f"sit/{size}-{patch} that denoises a vector of the image beside the latent",
                 source="Wu et al. 2025 (REG)",
-                expected_failures={
-                    "gradients_reach_all": "The kit gives no companion vector, so its three layers take no part."
-                },
             )
 
 
 @hookimpl
 def register_losses(register: Any) -> None:
-    """Register ``repa``."""
+    """Register ``repa`` and ``companion``."""
     register(
         "repa",
         "underpaint_sit.alignment:Repa",
@@ -51,6 +49,26 @@ def register_losses(register: Any) -> None:
         summary="Hidden states of the backbone against features of a frozen encoder; trains a projector",
         source="Yu et al. 2024 (REPA)",
     )
+    register(
+        "companion",
+        "underpaint_sit.companion:Companion",
+        summary="Mean squared error of the velocity of a backbone's companion vector",
+        source="Wu et al. 2025 (REG)",
+    )
+
+
+@hookimpl
+def register_recipes(register: Any) -> None:
+    """Register every recipe of the folder ``recipes`` under the name of its file."""
+    for path in sorted(Path(__file__).with_name("recipes").glob("*.yaml")):
+        register(path.stem, path, summary=_about(path))
+
+
+def _about(path: Path) -> str:
+    # Parsing the YAML would cost more than the rest of the discovery.
+    with path.open(encoding="utf-8") as file:
+        lines = (line.partition(":") for line in file)
+        return next((text.strip().strip("\"'") for key, _, text in lines if key == "about"), "")
 
 
 @hookimpl

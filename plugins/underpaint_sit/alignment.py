@@ -84,7 +84,7 @@ class Repa(Loss):
         encoder = self._encoder[0].to(images.device)
         encoder.grid(images.shape[2], images.shape[3])
         features = encoder(images.float())
-        companion = getattr(prediction, "companion", None) is not None
+        companion = prediction.companion is not None
         cells = _resized(features.maps[-1].float(), _grid(prediction.velocity, count - companion))
         tokens = cells.flatten(2).transpose(1, 2)
         return torch.cat((self._pooled(features), tokens), dim=1) if companion else tokens

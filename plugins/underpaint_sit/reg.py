@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-import attrs
 import torch
 from torch import Tensor, nn
 
@@ -12,18 +11,7 @@ from underpaint import Condition, DataError, Prediction
 from underpaint_sit.config import REGConfig
 from underpaint_sit.model import SiT
 
-__all__ = ["REG", "JointPrediction"]
-
-
-@attrs.frozen
-class JointPrediction(Prediction):
-    """What a backbone says about a noisy latent and the noisy vector beside it.
-
-    Attributes:
-        companion: B×C velocity of the vector, ε − c0; None where no vector was given.
-    """
-
-    companion: Tensor | None = None
+__all__ = ["REG"]
 
 
 class REG(SiT):
@@ -33,16 +21,12 @@ class REG(SiT):
     with noise of its own: c_t = (1 − t)·c0 + t·ε. Projected to the width and normalised, it is the first token of
     every block, at no position; a head of its own predicts its velocity. The other tokens attend to it, so that each
     denoising step knows what the picture shows. REG trains with the sum of the latent's velocity error, 0.03 times
-    the vector's, and 0.5 times the loss ``repa`` on all tokens.
+    the vector's, and 0.5 times the loss ``repa`` on all tokens. It takes the vector as the encoder gives it, not
+    standardised.
 
     Hidden states are B×(1 + N)×width, the vector's token first, or B×N×width where no vector is given. Without one
     the network is a SiT; REG never trains it so.
-
-    Attributes:
-        companion: Channels C of the vector.
     """
-
-    companion: int
 
     def __init__(
         self, config: REGConfig, *, latent_channels: int, grid: tuple[int, int], pooled_dim: int, token_dim: int
@@ -67,7 +51,7 @@ class REG(SiT):
         condition: Condition,
         layers: Collection[int] = (),
         companion: Tensor | None = None,
-    ) -> JointPrediction:
+    ) -> Prediction:
         """Predict both velocities.
 
         Args:
@@ -85,7 +69,7 @@ class REG(SiT):
         x = self._tokens(x_t)
         if companion is None:
             x, hidden = self._run(x, vector, layers)
-            return JointPrediction(self._read(self._final(x, vector), x_t), hidden)
+            return Prediction(self._read(self._final(x, vector), x_t), hidden)
         if companion.shape != (len(x_t), self.companion):
             raise DataError(
                 f"The backbone was given companion vectors of shape {list(companion.shape)}; "
@@ -95,4 +79,4 @@ class REG(SiT):
         x, hidden = self._run(torch.cat((token[:, None], x), dim=1), vector, layers)
         x = self._final(x, vector)
         velocity = self.companion_head(x[:, 0]).to(companion.dtype)
-        return JointPrediction(self._read(x[:, 1:], x_t), hidden, velocity)
+        return Prediction(self._read(x[:, 1:], x_t), hidden, velocity)

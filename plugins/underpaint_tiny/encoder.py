@@ -91,7 +91,7 @@ class TinyViT(Encoder):
 
     def _initialise(self) -> None:
         generator = torch.Generator().manual_seed(_SEED)
-        residual = (2 * self._depth) ** -0.5
+        residual = 0.5 * (2 * self._depth) ** -0.5
         for name, parameter in self.named_parameters():
             # On the CPU whatever the default device, so that the numbers depend on the seed alone.
             value = torch.zeros(parameter.shape, device="cpu")
@@ -100,6 +100,10 @@ class TinyViT(Encoder):
                 value *= residual if name.endswith(("attention_out.weight", "mlp_out.weight")) else 1.0
             elif name.endswith("weight"):
                 value.fill_(1.0)
+            if parameter.ndim == 4:
+                # The first tap of a row and a column lies in the neighbour's cell.
+                value[:, :, 0] *= 0.3
+                value[:, :, :, 0] *= 0.3
             with torch.no_grad():
                 parameter.copy_(value)
 

@@ -15,6 +15,7 @@ from underpaint.errors import ConfigError, DataError, UnderpaintError
 if TYPE_CHECKING:
     import torch
 
+    from underpaint.data.latents import LatentCache
     from underpaint.models.generator import Generator
     from underpaint.models.tokenizer import Tokenizer
     from underpaint.run.data import RunData
@@ -71,24 +72,32 @@ def _open(data: str, tokenizer: Tokenizer, size: int | None) -> RunData:
 
 @click.command()
 @click.argument("model")
-@_data
+@click.option("--data", metavar="PATH", help="Images: a folder, Parquet or tar files. Not needed to --check.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the latent cache.")
 @_size
 @click.option("--flip", is_flag=True, help="Store the latents of the flipped images too.")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
+@click.option(
+    "--store",
+    type=click.Choice(["mode", "posterior", "sample"]),
+    default="mode",
+    show_default=True,
+    help="What to store of an image's posterior.",
+)
 @click.option("--shard", type=click.IntRange(1), default=4096, show_default=True, help="Samples per shard.")
 @_batch
-@click.option("--check", is_flag=True, help="Only compare the files of the cache with their hashes.")
+@click.option("--check", is_flag=True, help="Encode nothing: read the cache and say what is wrong with it.")
 @click.option("--rebuild", is_flag=True, help="Delete what is in --out first.")
 @_device
 @_json
 def encode(
     model: str,
-    data: str,
+    data: str | None,
     out: Path,
     size: int | None,
     flip: bool,
     dtype: Any,
+    store: Any,
     shard: int,
     batch: int,
     check: bool,
@@ -96,21 +105,21 @@ def encode(
     device: Any,
     as_json: bool,
 ) -> None:
-    """Encode a data set into a latent cache, with exact per-channel statistics.
+    """Encode a data set into a latent cache, with exact statistics of each channel and each position.
 
     MODEL is a tokenizer, generator or run folder. Goes on where an interrupted call stopped; runs under torchrun too.
     """
-    from underpaint.data.latents import LatentCache
     from underpaint.run.data import build_cache
     from underpaint.training.ranks import Ranks
 
+    tokenizer = _load_tokenizer(model)
+    images = None if data is None else _open(data, tokenizer, size)
     if check:
-        cache = LatentCache(out, None)
-        cache.verify()
+        cache = _checked(out, tokenizer, images, as_json)
+    elif images is None:
+        raise ConfigError("There is nothing to encode; give the images with --data.")
     else:
-        tokenizer = _load_tokenizer(model)
-        images = _open(data, tokenizer, size)
-        config = LatentsConfig(flip=flip, dtype=dtype, shard=shard, batch=batch)
+        config = LatentsConfig(flip=flip, dtype=dtype, store=store, shard=shard, batch=batch)
         with Ranks(device) as ranks:
             cache = build_cache(out, tokenizer.to(ranks.device), images, config, ranks, rebuild=rebuild)
             if not ranks.is_main:
@@ -121,17 +130,36 @@ def encode(
         "shape": list(cache.identity.shape),
         "tokenizer": cache.identity.tokenizer,
         "hash": cache.fingerprint,
-        "mean": cache.mean.tolist(),
-        "std": cache.std.tolist(),
+        "mean": cache.mean.flatten().tolist(),
+        "std": cache.std.flatten().tolist(),
         "verified": check,
     }
     if as_json:
         print_json(facts)
     else:
-        click.echo(
-            f"{len(cache)} latents of {'×'.join(map(str, cache.identity.shape))} in '{out}', "
-            f"hash {cache.fingerprint[:16]}" + (", every file matches its hash." if check else ".")
-        )
+        shape = "×".join(map(str, cache.identity.shape))
+        sound = "; files, identity, values and statistics are as they should be." if check else "."
+        click.echo(f"{len(cache)} latents of {shape} in '{out}', hash {cache.fingerprint[:16]}{sound}")
+
+
+def _checked(out: Path, tokenizer: Tokenizer, images: RunData | None, as_json: bool) -> LatentCache:
+    """Check a cache, which must be of this tokenizer and of these images if there are any; exit with 1 if it is not."""
+    from underpaint.data.latent_check import check_cache
+    from underpaint.data.latents import LatentCache
+
+    wanted: dict[str, Any] = {"tokenizer": tokenizer.fingerprint()}
+    if images is not None:
+        height, width = images.config.height, images.config.width
+        count = len(images.train_indices)
+        wanted |= {"data": images.fingerprint(), "height": height, "width": width, "count": count}
+    try:
+        return check_cache(out, attrs.evolve(LatentCache(out).identity, **wanted))
+    except DataError as error:
+        if as_json:
+            print_json({"folder": str(out), "verified": False, "problem": str(error)})
+        else:
+            click.echo(str(error), err=True)
+        raise click.exceptions.Exit(1) from None
 
 
 @click.command()

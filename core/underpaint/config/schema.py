@@ -324,12 +324,18 @@ class LatentsConfig:
     Attributes:
         flip: Also store the latents of the flipped images.
         dtype: Storage type.
+        store: What is stored of the posterior of an image: its ``mode``; a ``sample``, drawn once and for all; or the
+            ``posterior`` itself, which takes twice the space and from which every training step draws anew.
+        statistics: What latents are standardised with: mean and standard deviation of each ``channel``, or of each
+            ``position`` of each channel. The cache holds both.
         shard: Samples per shard file.
         batch: Images encoded at once, per rank.
     """
 
     flip: bool = False
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    store: Literal["mode", "posterior", "sample"] = "mode"
+    statistics: Literal["channel", "position"] = "channel"
     shard: int = attrs.field(default=4096, validator=_positive)
     batch: int = attrs.field(default=64, validator=_positive)
 
@@ -351,6 +357,8 @@ class DiffusionConfig:
             path of DDPM, in continuous time). Samplers follow the linear path whatever the training path.
         predicts: What the backbone's output is trained to be: velocity of that path, noise or data.
         dropout: Share of samples that train the null condition, for guidance.
+        companion: Frozen encoder whose pooled features of the images are the companion, for backbones that have one;
+            they are taken as the encoder gives them.
     """
 
     backbone: ComponentConfig
@@ -364,6 +372,7 @@ class DiffusionConfig:
     path: PathName = "linear"
     predicts: Predicts = "velocity"
     dropout: float = attrs.field(default=0.1, validator=_fraction)
+    companion: ComponentConfig | None = None
 
 
 @attrs.frozen(kw_only=True)

@@ -49,14 +49,16 @@ def guided_field(
     *,
     null: Condition | None = None,
     weak: VelocityField | None = None,
+    companion: int = 0,
 ) -> VelocityField:
     """Return the velocity field that a sampler follows.
 
     v = v_other + w·(v_cond − v_other) for the first `channels` latent channels and for t within `interval`, both ends
-    included (Kynkäänniemi et al. 2024); v_cond elsewhere. v_other is the velocity under the null condition (Ho &
-    Salimans 2022, eq. 6), or that of a weaker model (AutoGuidance, Karras et al. 2024). t is what the field receives:
-    after any shift of the sampler's grid. With a null condition both velocities come from one pass over a doubled
-    batch. Where guidance is off, and at scale 1, the model sees the plain batch and the weaker model nothing.
+    included (Kynkäänniemi et al. 2024); v_cond elsewhere. A companion is guided as a whole. v_other is the velocity
+    under the null condition (Ho & Salimans 2022, eq. 6), or that of a weaker model (AutoGuidance, Karras et al. 2024).
+    t is what the field receives: after any shift of the sampler's grid. With a null condition both velocities come from
+    one pass over a doubled batch. Where guidance is off, and at scale 1, the model sees the plain batch and the weaker
+    model nothing.
 
     Args:
         velocity: The model.
@@ -64,6 +66,7 @@ def guided_field(
         guidance: Scale, channels, interval.
         null: Unconditional condition of the B samples, to guide away from.
         weak: Velocity of a weaker model, to guide away from instead.
+        companion: Channels of the state, its last ones, that hold a companion.
     """
     low, high = guidance.interval
     always = (low, high) == (0.0, 1.0)
@@ -87,6 +90,9 @@ def guided_field(
         guided = other + guidance.scale * (conditional - other)
         guided = torch.where(inside.view(-1, 1, 1, 1), guided, conditional)
         count = guidance.channels
-        return guided if count is None else torch.cat((guided[:, :count], conditional[:, count:]), dim=1)
+        if count is None:
+            return guided
+        end = x_t.shape[1] - companion
+        return torch.cat((guided[:, :count], conditional[:, count:end], guided[:, end:]), dim=1)
 
     return field

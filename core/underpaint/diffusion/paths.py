@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from underpaint.config.diffusion import PathName, Predicts
+from underpaint.diffusion.companion import network
 from underpaint.interfaces.backbone import Backbone
 from underpaint.interfaces.conditioner import Condition
 
@@ -57,12 +58,12 @@ class Path(ABC):
         """Return the time at which this path has the signal-to-noise ratio that the linear path has at `linear`."""
 
     def mix(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Return x_t for B×d×h×w latents and noise at B times."""
+        """Return x_t for B×d×h×w latents, or B×C vectors, and noise of their shape at B times."""
         c = self.coefficients(t).for_latents(x0)
         return c.alpha * x0 + c.sigma * noise
 
     def quantity(self, of: Quantity, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Return what a perfect network would predict, B×d×h×w.
+        """Return what a perfect network would predict, in the shape of x0.
 
         ``velocity`` is dx_t/dt = α'·x0 + σ'·ε; ``noise`` is ε; ``data`` is x0; ``score`` is −ε/σ, the gradient of the
         log-density of x_t given x0.
@@ -155,10 +156,12 @@ PATHS: Mapping[PathName, Path] = {"linear": Linear(), "cosine": Cosine(), "vp": 
 def linear_velocity(backbone: Backbone, path: PathName, predicts: Predicts) -> Velocity:
     """Return the linear path's velocity by a backbone that was trained for `predicts` on `path`.
 
-    The backbone's output stands in `Prediction.velocity`, whatever it was trained to be.
+    The backbone's output stands in `Prediction.velocity`, whatever it was trained to be. Where it has a companion, x_t
+    and the velocity are latent and vector as one tensor (`join`).
     """
+    run = network(backbone)
     if path == "linear" and predicts == "velocity":
-        return lambda x_t, t, condition: backbone(x_t, t, condition).velocity
+        return run
     own = PATHS[path]
 
     def velocity(x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -167,7 +170,7 @@ def linear_velocity(backbone: Backbone, path: PathName, predicts: Predicts) -> V
         # The lengths of (α, σ): their ratio is α'/α of the two paths, and stays right where VP has no such ratio.
         scale = torch.hypot(c.alpha, c.sigma) / torch.hypot(1.0 - t, t)
         state = x_t * scale.reshape(-1, *[1] * (x_t.ndim - 1)).to(x_t.dtype)
-        output = backbone(state, time, condition).velocity
+        output = run(state, time, condition)
         x0, noise = own.split(predicts, output.to(x_t.dtype), state, time)
         return noise - x0
 

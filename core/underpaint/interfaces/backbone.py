@@ -20,11 +20,14 @@ class Prediction:
 
     Attributes:
         velocity: B×d×h×w, in the direction from data to noise (ε − x0).
-        hidden: B×N×C hidden states after each layer asked for, by layer index.
+        hidden: B×N×C hidden states after each layer asked for, by layer index; B×(1 + N)×C where a companion was given,
+            whose token comes first.
+        companion: B×C velocity of the companion, ε − c0; None where none was given.
     """
 
     velocity: Tensor
     hidden: Mapping[int, Tensor] = attrs.field(factory=dict)
+    companion: Tensor | None = None
 
 
 class Backbone(nn.Module, Component, ABC):
@@ -37,13 +40,19 @@ class Backbone(nn.Module, Component, ABC):
 
     Its config class has an attribute ``width``.
 
+    A backbone may denoise one vector of the image together with the latent, its companion, as REG does. It then sets
+    `companion` to the vector's channels, and its `forward` has a fifth argument ``companion``: B×C noisy vectors at the
+    same t. Backbones without one are never given it.
+
     Attributes:
         width: Channels of the hidden states.
         patch: Latent cells of one token, per side.
+        companion: Channels of the companion; 0 for none.
     """
 
     width: int
     patch: int
+    companion: int = 0
 
     @abstractmethod
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition, layers: Collection[int] = ()) -> Prediction:

@@ -42,7 +42,7 @@ class StepTensors:
 
     Attributes:
         step: Index of the optimizer step, from 0.
-        inputs: B×3×H×W images in [-1, 1] that the encoder was given.
+        inputs: B×3×H×W images in [-1, 1] that the encoder was given; in a diffusion stage, those of the latents.
         images: B×3×H×W images in [-1, 1] that the reconstruction should equal: `inputs`, but under equivariance
             regularisation a resized and rotated view of them.
         labels: B class indices, or None when the data set has no labels.
@@ -59,6 +59,7 @@ class StepTensors:
         x_t: B×d×h×w noisy latents.
         target: B×d×h×w velocity, noise − x0.
         prediction: The backbone's output.
+        companion_target: B×C velocity of the companion, where the backbone has one.
     """
 
     step: int
@@ -78,6 +79,7 @@ class StepTensors:
     x_t: Tensor | None = None
     target: Tensor | None = None
     prediction: Prediction | None = None
+    companion_target: Tensor | None = None
 
 
 class Loss(nn.Module, Component, ABC):

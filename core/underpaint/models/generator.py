@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from underpaint.config.diffusion import GuidanceConfig, PathName, Predicts
 from underpaint.config.schema import ComponentConfig
+from underpaint.diffusion.companion import companion_maps, join, separate
 from underpaint.diffusion.guidance import check_guidance, guided_field, null_condition
 from underpaint.diffusion.paths import linear_velocity
 from underpaint.errors import ConfigError, DataError
@@ -112,11 +113,13 @@ class Generator(nn.Module):
             raise DataError(f"{len(seeds)} seeds were given for {len(inputs)} samples; give one seed each.")
         self._check_inputs(inputs)
         sampler = _sampler(settings)
-        field = self._field(inputs, settings.guidance, device)
-        shape = (self.tokenizer.latent_channels, *(grid or self.grid))
-        noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(device)
+        grid = grid or self.grid
+        field = self._field(inputs, settings.guidance, device, grid)
+        noise = torch.stack([self._noise(seed, grid) for seed in seeds]).to(device)
         generator = torch.Generator(device=device).manual_seed(seeds[0])
         latents = sampler.sample(field, noise, generator)
+        if self.backbone.companion:
+            latents, _ = separate(latents, self.backbone.companion)
         if not bool(torch.isfinite(latents).all()):
             raise DataError(
                 "The sampled latents are not finite; look for a diverged model in the training log, or sample with a "
@@ -140,20 +143,32 @@ class Generator(nn.Module):
             }
         return {"sampler": dict(_sampler(settings).protocol()), "guidance": guidance}
 
-    def _field(self, inputs: Tensor | Sequence[str], guidance: GuidanceConfig, device: torch.device) -> VelocityField:
+    def _noise(self, seed: int, grid: tuple[int, int]) -> Tensor:
+        """Return the noise of one sample: of the latent, then of the companion, if there is one, in maps below it."""
+        source = torch.Generator().manual_seed(seed)
+        noise = torch.randn((self.tokenizer.latent_channels, *grid), generator=source)
+        if not self.backbone.companion:
+            return noise
+        vector = torch.randn((1, self.backbone.companion), generator=source)
+        return join(noise[None], vector)[0]
+
+    def _field(
+        self, inputs: Tensor | Sequence[str], guidance: GuidanceConfig, device: torch.device, grid: tuple[int, int]
+    ) -> VelocityField:
         check_guidance(guidance, self.tokenizer.latent_channels)
         velocity = linear_velocity(self.backbone, self.path, self.predicts)
         condition = self.conditioner(inputs)
+        companion = companion_maps(self.backbone.companion, grid)
         if guidance.scale == 1.0:
             return guided_field(velocity, condition, guidance)
         if guidance.weak is None:
             null = null_condition(self.conditioner, len(inputs), device)
-            return guided_field(velocity, condition, guidance, null=null)
+            return guided_field(velocity, condition, guidance, null=null, companion=companion)
         weaker = self._weaker(guidance.weak)
         weaker.backbone.to(device)
         weaker.conditioner.to(device)
-        weak = weaker._field(inputs, GuidanceConfig(), device)
-        return guided_field(velocity, condition, guidance, weak=weak)
+        weak = weaker._field(inputs, GuidanceConfig(), device, grid)
+        return guided_field(velocity, condition, guidance, weak=weak, companion=companion)
 
     def _weaker(self, location: str) -> Generator:
         """Load the model that is guided away from; its latents must be ours.
@@ -176,6 +191,12 @@ class Generator(nn.Module):
                 raise ConfigError(
                     f"guidance.weak is '{location}', which was trained on other classes or captions; name a generator "
                     "that was trained on the data of this one."
+                )
+            if weak.backbone.companion != self.backbone.companion:
+                sizes = [f"{g.backbone.companion} channels" if g.backbone.companion else "none" for g in (weak, self)]
+                raise ConfigError(
+                    f"guidance.weak is '{location}', whose companion vector has {sizes[0]} where this generator's has "
+                    f"{sizes[1]}; name a generator whose backbone has the same companion."
                 )
             self._weak = {location: weak}
         return self._weak[location]

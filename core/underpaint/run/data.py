@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import attrs
@@ -13,13 +13,15 @@ import torch
 from numpy.typing import NDArray
 
 from underpaint.config.schema import DataConfig, LatentsConfig
-from underpaint.data.latents import CacheIdentity, LatentCache, LatentCacheWriter
+from underpaint.data.latent_writer import LatentCacheWriter
+from underpaint.data.latents import CacheIdentity, LatentCache, draw_latents
 from underpaint.data.loader import Batch, ImageLoader, ImagePass
-from underpaint.data.order import Order
+from underpaint.data.order import Order, sample_seed
 from underpaint.data.resident import ResidentImages
 from underpaint.data.sources import open_dataset, split
 from underpaint.data.transforms import Crop, to_tensor
 from underpaint.errors import ConfigError
+from underpaint.interfaces.adapter import Posterior
 from underpaint.interfaces.dataset import Dataset
 from underpaint.models.tokenizer import LatentStatistics, Tokenizer
 from underpaint.training.ranks import Ranks
@@ -27,6 +29,7 @@ from underpaint.training.ranks import Ranks
 __all__ = ["RunData", "build_cache", "cache_statistics", "open_run_data"]
 
 _SPREAD_SEED = 7
+_DRAW_SEED = 11
 
 
 @attrs.frozen(eq=False, kw_only=True)
@@ -185,6 +188,7 @@ def build_cache(
 
     Raises:
         DataError: The folder holds a cache of another tokenizer, data set or size.
+        ConfigError: Posteriors or samples are to be stored and the tokenizer's latents are points.
     """
     height, width = data.config.height, data.config.width
     rows, columns = tokenizer.grid(height, width)
@@ -196,6 +200,7 @@ def build_cache(
         crop="center",
         flip=config.flip,
         dtype=config.dtype,
+        store=config.store,
         shape=(tokenizer.latent_channels, rows, columns),
         count=len(data.train_indices),
     )
@@ -211,7 +216,7 @@ def build_cache(
         if ranks.is_main:
             writer.finish()
         ranks.barrier()
-    return LatentCache(folder, identity)
+    return LatentCache(folder, identity, statistics=config.statistics)
 
 
 @torch.inference_mode()
@@ -230,11 +235,11 @@ def _encode(
         workers=data.config.workers,
         max_broken=data.config.max_broken,
     )
-    found = _by_sample(images, tokenizer, config.flip, ranks.device)
+    found = _by_sample(images, tokenizer, config, ranks.device)
     waiting = next(found, None)
     for shard in missing:
         wanted = data.train_indices[np.asarray(writer.positions(shard))]
-        shape = (len(wanted), *writer.identity.shape)
+        shape = (len(wanted), *writer.identity.stored_shape)
         latents = torch.zeros(shape)
         flipped = torch.zeros(shape) if config.flip else None
         valid = np.zeros(len(wanted), dtype=np.bool_)
@@ -263,15 +268,18 @@ class _Encoded:
     text: str | None
 
 
-def _by_sample(images: ImagePass, tokenizer: Tokenizer, flip: bool, device: torch.device) -> Iterator[_Encoded]:
+def _by_sample(
+    images: ImagePass, tokenizer: Tokenizer, config: LatentsConfig, device: torch.device
+) -> Iterator[_Encoded]:
     batch: Batch
     for batch in images:
         pixels = to_tensor(batch.images.to(device))
-        latents = tokenizer.encode(pixels).float().cpu()
-        flipped = tokenizer.encode(pixels.flip(-1)).float().cpu() if flip else None
+        indices = batch.indices.tolist()
+        latents = _stored(tokenizer.posterior(pixels), config, indices, 0)
+        flipped = _stored(tokenizer.posterior(pixels.flip(-1)), config, indices, 1) if config.flip else None
         for row, key in enumerate(batch.keys):
             yield _Encoded(
-                int(batch.indices[row]),
+                indices[row],
                 latents[row],
                 None if flipped is None else flipped[row],
                 key,
@@ -280,11 +288,28 @@ def _by_sample(images: ImagePass, tokenizer: Tokenizer, flip: bool, device: torc
             )
 
 
+def _stored(posterior: Posterior, config: LatentsConfig, indices: Sequence[int], flipped: int) -> torch.Tensor:
+    """Return what a cache stores of the posteriors of some images, on the CPU; `indices` say which images they are."""
+    if config.store == "mode":
+        return posterior.mode().float().cpu()
+    if posterior.logvar is None:
+        raise ConfigError(
+            f"latents.store is '{config.store}', and this tokenizer's latents are points without a variance; use "
+            "latents.store=mode."
+        )
+    mean, logvar = posterior.mean.float().cpu(), posterior.logvar.float().cpu()
+    if config.store == "posterior":
+        return torch.cat([mean, logvar], dim=1)
+    # Keyed by the image, so that ranks, batches and restarts make no difference.
+    return draw_latents(mean, logvar, [sample_seed(_DRAW_SEED, index, flipped) for index in indices])
+
+
 def cache_statistics(cache: LatentCache) -> LatentStatistics:
-    """Return the per-channel statistics of a cache, as a tokenizer keeps them."""
+    """Return the statistics that a cache standardises with, as a tokenizer keeps them."""
     return LatentStatistics(
-        mean=tuple(cache.mean.tolist()),
-        std=tuple(cache.std.tolist()),
+        mean=tuple(cache.mean.flatten().tolist()),
+        std=tuple(cache.std.flatten().tolist()),
         count=len(cache),
         data=cache.identity.data,
+        grid=cache.identity.shape[1:] if cache.statistics == "position" else None,
     )

@@ -5,22 +5,32 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import attrs
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from underpaint.config.schema import ComponentConfig
 from underpaint.data.latents import LatentCache
+from underpaint.data.loader import Batch
+from underpaint.data.transforms import to_tensor
+from underpaint.interfaces.encoder import Encoder
 from underpaint.interfaces.loss import StepSizes
 from underpaint.models.build import build_generator_parts
 from underpaint.models.folders import copy_generator, save_generator
 from underpaint.models.generator import Generator, SamplingSettings
 from underpaint.models.tokenizer import Tokenizer
+from underpaint.registration.manager import manager
+from underpaint.run.data import RunData
 from underpaint.run.session import Session
 from underpaint.run.training import StagePlan, train_stage
-from underpaint.training.diffusion_stage import DiffusionModule, StepNoise, diffusion_losses
+from underpaint.training.diffusion_stage import DiffusionModule, StepNoise, check_companion, diffusion_losses
 from underpaint.training.engine import Engine
 from underpaint.training.flops import count_flops
 from underpaint.training.latent_batches import LatentBatch, latent_batches
 from underpaint.training.loop import LoopResult
+from underpaint.training.ranks import Ranks
 
 __all__ = ["run_diffusion_stage"]
 
@@ -34,6 +44,9 @@ def run_diffusion_stage(session: Session, tokenizer: Tokenizer, cache: LatentCac
         session: The run.
         tokenizer: With its statistics, on the CPU.
         cache: Its latents.
+
+    Raises:
+        ConfigError: Losses, backbone and companion do not fit each other.
     """
     recipe, ranks = session.recipe, session.ranks
     config = recipe.diffusion
@@ -60,19 +73,28 @@ def run_diffusion_stage(session: Session, tokenizer: Tokenizer, cache: LatentCac
         predicts=config.predicts,
         about=_facts(session),
     )
+    image = (session.data.config.height, session.data.config.width)
+    companion = _companion(config.companion, ranks.device)
+    check_companion(config.backbone.name, backbone, companion, image)
     sizes = StepSizes(
-        image=(session.data.config.height, session.data.config.width),
+        image=image,
         latent_channels=shape[0],
         grid=grid,
         hidden_width=backbone.width,
     )
     losses = diffusion_losses(config, ranks.device, sizes)
     module = DiffusionModule(backbone, conditioner, losses, path=config.path, predicts=config.predicts).to(ranks.device)
-    noise = StepNoise(config, shape, seed, ranks.device)
-    one = LatentBatch(torch.zeros(1, *shape), _first_input(conditioner.accepts), slice(0, 1))
-    flops = count_flops(module, lambda: _call(module, one, noise, 0, ranks.device)[0])
+    noise = StepNoise(config, shape, seed, ranks.device, backbone.companion)
+    with_images = companion is not None or "inputs" in losses.needs
+    black = torch.zeros((1, *image, 3), dtype=torch.uint8) if with_images else None
+    one = LatentBatch(torch.zeros(1, *shape), _first_input(conditioner.accepts), slice(0, 1), black)
+    flops = count_flops(module, lambda: _call(module, one, noise, companion, 0, ranks.device)[0])
+    samples = session.data.train_indices[cache.positions]
 
     def batches(start: int, micro_batches: int) -> Iterator[LatentBatch]:
+        images = None
+        if with_images:
+            images = _images(session.data, samples, config.batch, seed, start, micro_batches, ranks)
         return latent_batches(
             cache,
             accepts=conditioner.accepts,
@@ -81,10 +103,12 @@ def run_diffusion_stage(session: Session, tokenizer: Tokenizer, cache: LatentCac
             ranks=ranks,
             seed=seed,
             start=start,
+            images=images,
+            samples=samples,
         )
 
     def forward(engine: Engine, batch: LatentBatch, step: int, micro: int) -> tuple[Tensor, dict[str, Tensor], None]:
-        return (*_call(engine, batch, noise, step, ranks.device), None)
+        return (*_call(engine, batch, noise, companion, step, ranks.device), None)
 
     def export(state: dict[str, Tensor]) -> None:
         own = {name: tensor for name, tensor in state.items() if name.startswith(_PARTS)}
@@ -110,12 +134,41 @@ def run_diffusion_stage(session: Session, tokenizer: Tokenizer, cache: LatentCac
 
 
 def _call(
-    module: Any, batch: LatentBatch, noise: StepNoise, step: int, device: torch.device
+    module: Any, batch: LatentBatch, noise: StepNoise, companion: Encoder | None, step: int, device: torch.device
 ) -> tuple[Tensor, dict[str, Tensor]]:
     epsilon, t, drop = noise.rows(step, batch.rows)
+    images = None if batch.images is None else to_tensor(batch.images.to(device, non_blocking=True))
+    pair = None
+    if companion is not None:
+        assert images is not None
+        with torch.no_grad():
+            pooled = companion(images).pooled
+        assert pooled is not None
+        pair = (pooled.float(), noise.companion(step, batch.rows))
+    x0 = batch.latents.to(device, non_blocking=True)
     # Labels stay on the CPU: the conditioner checks their range there without waiting for the device.
-    loss, terms = module(batch.latents.to(device, non_blocking=True), batch.inputs, epsilon, t, drop, step)
+    loss, terms = module(x0, batch.inputs, epsilon, t, drop, step, images=images, companion=pair)
     return loss, terms
+
+
+def _companion(config: ComponentConfig | None, device: torch.device) -> Encoder | None:
+    if config is None:
+        return None
+    encoder = manager().create("encoder", config.name, **config.options)
+    assert isinstance(encoder, Encoder)
+    return encoder.to(device).eval().requires_grad_(False)
+
+
+def _images(
+    data: RunData, samples: NDArray[np.int64], batch: int, seed: int, start: int, accumulation: int, ranks: Ranks
+) -> Iterator[Batch]:
+    """Return the images of the latents, as they were encoded.
+
+    The readers shuffle as `latent_batches` does: by an `Order` of as many samples and the same seed.
+    """
+    plain = attrs.evolve(data.config, crop="center", resize=None, flip=False)
+    same = attrs.evolve(data, config=plain, train_indices=samples)
+    return same.train_batches(batch, seed=seed, start=start, accumulation=accumulation, ranks=ranks)
 
 
 def _first_input(accepts: str) -> Tensor | list[str]:

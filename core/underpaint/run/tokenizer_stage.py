@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,8 +21,10 @@ from underpaint.run.training import StagePlan, train_stage
 from underpaint.training.critics import carry_critic
 from underpaint.training.engine import Engine
 from underpaint.training.flops import count_flops
+from underpaint.training.heads import carry_heads, export_heads
 from underpaint.training.loop import LoopResult
 from underpaint.training.stopping import StopRule
+from underpaint.training.terms import WeightedLosses
 from underpaint.training.tokenizer_stage import TokenizerModule, check_teacher, tokenizer_losses, tokenizer_sizes
 
 __all__ = ["run_tokenizer_stage"]
@@ -45,6 +48,8 @@ def run_tokenizer_stage(session: Session, index: int, tokenizer: Tokenizer) -> L
     teacher = _teacher(session, stage, tokenizer)
     sizes = tokenizer_sizes(tokenizer, data.config.height, data.config.width)
     has_labels = bool(data.classes)
+    # Losses draw their own layers: the same ones whether the process made the stages before or starts with this one.
+    torch.manual_seed(seed)
     losses = tokenizer_losses(stage, index, ranks.device, sizes, has_labels=has_labels, average=ranks.average)
     for item in losses.adversaries:
         if item.config.critic is not None and item.config.critic.carry is not None:
@@ -55,10 +60,14 @@ def run_tokenizer_stage(session: Session, index: int, tokenizer: Tokenizer) -> L
             f"Stage '{stage.name}' has adaptive weights, and engine.zero is 3, which leaves no rank with the whole "
             "layer that they are measured at; set engine.zero to 2 or less."
         )
+    _take_heads(session, index, losses)
     module = TokenizerModule(tokenizer.to(ranks.device), stage.trains, losses, teacher, stage.equivariance)
     blank = torch.randint(0, 256, (1, *sizes.image, 3), dtype=torch.uint8, device=ranks.device)
     label = torch.zeros(1, dtype=torch.int64, device=ranks.device) if has_labels else None
+    # In evaluation mode, where no view is drawn and no buffer changes.
+    module.eval()
     flops = count_flops(module, lambda: module(blank, 0, label)[0])
+    module.train()
 
     def batches(start: int, micro_batches: int) -> Iterator[Batch]:
         for batch in data.train_batches(stage.batch, seed=seed, start=start, accumulation=micro_batches, ranks=ranks):
@@ -73,9 +82,11 @@ def run_tokenizer_stage(session: Session, index: int, tokenizer: Tokenizer) -> L
     def export(state: dict[str, Tensor]) -> None:
         result = copy_tokenizer(tokenizer, {name: t for name, t in state.items() if name.startswith(_PARTS)})
         result.about = _facts(session, index, stage)
+        export_heads(module.losses, state, session.folder.stage(stage.name) / "heads")
+        # Last: a stage that has a tokenizer is finished.
         save_tokenizer(result, session.folder.stage(stage.name) / "tokenizer")
 
-    return train_stage(
+    result = train_stage(
         session,
         StagePlan(
             name=stage.name,
@@ -95,6 +106,25 @@ def run_tokenizer_stage(session: Session, index: int, tokenizer: Tokenizer) -> L
             export=export,
         ),
     )
+    if stage.stop is not None and result.steps < stage.steps:
+        _say(session, f"stage {stage.name}: ended after {result.steps} steps, none better in {stage.stop.patience}")
+    return result
+
+
+def _take_heads(session: Session, index: int, losses: WeightedLosses) -> None:
+    if not len(losses.heads):
+        return
+    stages = session.recipe.stages
+    earlier = stages[index - 1].name if index else None
+    taken = () if earlier is None else carry_heads(losses.heads, session.folder.stage(earlier) / "heads")
+    for key in losses.heads:
+        origin = f"go on from stage {earlier}" if key in taken else "start anew"
+        _say(session, f"stage {stages[index].name}: the layers of the loss {key} {origin}")
+
+
+def _say(session: Session, line: str) -> None:
+    if session.ranks.is_main:
+        print(line, file=sys.stderr, flush=True)
 
 
 def _teacher(session: Session, stage: StageConfig, student: Tokenizer) -> Tokenizer | None:
@@ -140,9 +170,13 @@ def _stop_rule(session: Session, stage: StageConfig, module: TokenizerModule, en
 
 def _facts(session: Session, index: int, stage: StageConfig) -> dict[str, Any]:
     recipe = session.recipe
-    trained = [f"{s.name}: {' + '.join(s.trains)} for {s.steps} steps of {s.batch}" for s in recipe.stages[: index + 1]]
+    trained = [f"{s.name}: {' + '.join(s.trains)} for {_length(s)} of {s.batch}" for s in recipe.stages[: index + 1]]
     return {
         "title": f"{recipe.name}: tokenizer after stage {stage.name}",
         "facts": [f"Trained on {session.data.facts()['train']} in stages: {'; '.join(trained)}."],
         "size": [session.data.config.height, session.data.config.width],
     }
+
+
+def _length(stage: StageConfig) -> str:
+    return f"{stage.steps} steps" if stage.stop is None else f"up to {stage.steps} steps"

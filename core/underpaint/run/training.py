@@ -81,6 +81,12 @@ def train_stage(session: Session, plan: StagePlan) -> LoopResult:
             # Sizes are few and fixed; dynamic shapes cost speed, and some kernels do not compile with them.
             part.compile(dynamic=False)
     micro_batch = plan.batch // (ranks.world_size * config.accumulation)
+    critics = [
+        CriticTrainer(
+            item, optimizer=plan.optimizer, config=config, steps=plan.steps, micro_batch=micro_batch, ranks=ranks
+        )
+        for item in plan.adversaries
+    ]
     engine = Engine(
         plan.module,
         parts=plan.parts,
@@ -92,12 +98,6 @@ def train_stage(session: Session, plan: StagePlan) -> LoopResult:
         ema_ramp=plan.ema_ramp,
         ranks=ranks,
     )
-    critics = [
-        CriticTrainer(
-            item, optimizer=plan.optimizer, config=config, steps=plan.steps, micro_batch=micro_batch, ranks=ranks
-        )
-        for item in plan.adversaries
-    ]
     store = CheckpointStore(
         folder / "checkpoints", config.keep, ranks, config_hash=session.config_hash, plugins=session.plugins
     )
@@ -122,8 +122,11 @@ def train_stage(session: Session, plan: StagePlan) -> LoopResult:
         loss, terms, shown = plan.forward(engine, batch, step, micro)
         engine.backward(loss)
         result = engine.step()
-        judged = [critic.step(shown) for critic in critics]
-        return {"loss": loss, **terms, **{name: value for found in judged for name, value in found.items()}}, result
+        named = {"loss": loss, **terms}
+        for critic in critics:
+            for name, value in critic.step(shown).items():
+                named[name if name not in named else f"{name}_{critic.key}"] = value
+        return named, result
 
     plugins = manager()
     trackers = _trackers(session, folder) if ranks.is_main else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from underpaint.interfaces.backbone import Backbone, Prediction
 from underpaint.interfaces.conditioner import Condition
 from underpaint.registration.manager import manager
 from underpaint.testing.kit import NotApplicable, Subject, check, expect
-from underpaint.testing.modules import PROBES, close, disturb, generator
+from underpaint.testing.modules import PROBES, close, disturb, generator, tensors
 
 __all__: list[str] = []
 
@@ -37,7 +38,16 @@ def _inputs(subject: Subject, batch: int, grid: tuple[int, int]) -> tuple[Tensor
 
 
 def _probe(subject: Subject, component: Backbone, batch: int) -> tuple[Any, ...]:
-    return _inputs(subject, batch, tuple(subject.context["grid"]))
+    return _with_companion(component, _inputs(subject, batch, tuple(subject.context["grid"])))
+
+
+def _with_companion(
+    backbone: Backbone, inputs: tuple[Tensor, Tensor, Condition], layers: Sequence[int] = (), seed: int = 0
+) -> tuple[Any, ...]:
+    """Add the layers that are asked for, and a companion where the backbone has one."""
+    if not backbone.companion:
+        return (*inputs, layers)
+    return (*inputs, layers, torch.randn((len(inputs[0]), backbone.companion), generator=generator(seed + 200)))
 
 
 PROBES["backbone"] = _probe
@@ -45,22 +55,25 @@ PROBES["backbone"] = _probe
 
 @check("backbone")
 def velocity_as_declared(subject: Subject) -> None:
-    """The velocity has the shape of the latent, also when that is not square."""
+    """The velocity has the shape of the latent, also when that is not square; the companion's is B×C."""
     rows, columns = subject.context["grid"]
     for grid in ((rows, columns), (rows, 2 * columns), (2 * rows, columns)):
         backbone = subject.make(grid=grid)
-        inputs = _inputs(subject, 2, grid)
+        inputs = _with_companion(backbone, _inputs(subject, 2, grid))
         with torch.no_grad():
             result = backbone(*inputs)
         expect(isinstance(result, Prediction), f"forward returned {type(result).__name__}, not Prediction")
         shape, got = tuple(inputs[0].shape), tuple(result.velocity.shape)
         expect(got == shape, f"a latent of {shape} gave a velocity of {got}")
         expect(not result.hidden, "hidden states were returned though no layer was asked for")
+        vector = None if result.companion is None else tuple(result.companion.shape)
+        told = (2, backbone.companion) if backbone.companion else None
+        expect(vector == told, f"'companion' is {backbone.companion}, and its velocity has shape {vector}")
 
 
 @check("backbone")
 def hidden_as_asked(subject: Subject) -> None:
-    """Hidden states come for exactly the layers asked for, B×N×width, and asking changes nothing."""
+    """Hidden states come for exactly the layers asked for, a companion's token first, and asking changes nothing."""
     # An oblong grid, so that the number of tokens and the width are unlikely to be equal.
     rows, columns = subject.context["grid"][0], 2 * subject.context["grid"][1]
     backbone = subject.make(grid=(rows, columns))
@@ -68,9 +81,11 @@ def hidden_as_asked(subject: Subject) -> None:
     inputs = _inputs(subject, 2, (rows, columns))
     layers = sorted({0, max(len(backbone.blocks()) - 1, 0)})
     with torch.no_grad():
-        result, plain = backbone(*inputs, layers=layers), backbone(*inputs)
+        result = backbone(*_with_companion(backbone, inputs, layers))
+        plain = backbone(*_with_companion(backbone, inputs))
     expect(sorted(result.hidden) == layers, f"layers {layers} were asked for, {sorted(result.hidden)} came")
-    wanted = (2, (rows // backbone.patch) * (columns // backbone.patch), backbone.width)
+    tokens = (rows // backbone.patch) * (columns // backbone.patch) + bool(backbone.companion)
+    wanted = (2, tokens, backbone.width)
     for layer, hidden in result.hidden.items():
         expect(tuple(hidden.shape) == wanted, f"layer {layer} has shape {tuple(hidden.shape)}, not {wanted}")
     close(result.velocity, plain.velocity, "with and without hidden states", 1e-6)
@@ -78,10 +93,10 @@ def hidden_as_asked(subject: Subject) -> None:
 
 @check("backbone")
 def time_and_condition_matter(subject: Subject) -> None:
-    """The velocity depends on the latent, the time and every part of the condition."""
+    """The velocity depends on the latent, the time, every part of the condition and the companion."""
     backbone = subject.make()
     disturb(backbone)
-    latents, t, given = _probe(subject, backbone, 2)
+    latents, t, given, *rest = _probe(subject, backbone, 2)
     pooled_dim, token_dim = subject.context["pooled_dim"], subject.context["token_dim"]
     other = condition(pooled_dim, token_dim, 2, seed=1)
     changes = {"latent": (latents + 1.0, t, given), "time": (latents, 1.0 - t * 0.5, given)}
@@ -91,13 +106,22 @@ def time_and_condition_matter(subject: Subject) -> None:
     if token_dim:
         mixed = Condition(tokens=other.tokens, mask=given.mask, pooled=given.pooled)
         changes["condition's tokens"] = (latents, t, mixed)
+    changed = {what: (*inputs, *rest) for what, inputs in changes.items()}
+    if backbone.companion:
+        changed["companion"] = _with_companion(backbone, (latents, t, given), seed=1)
     with torch.no_grad():
-        before = backbone(latents, t, given).velocity
-        for what, inputs in changes.items():
+        before = backbone(latents, t, given, *rest)
+        for what, arguments in changed.items():
+            after = backbone(*arguments)
             expect(
-                not torch.allclose(backbone(*inputs).velocity, before, atol=1e-7),
+                not torch.allclose(after.velocity, before.velocity, atol=1e-7),
                 f"another {what} gives the same velocity",
             )
+            if backbone.companion:
+                expect(
+                    not torch.allclose(after.companion, before.companion, atol=1e-7),
+                    f"another {what} gives the same velocity of the companion",
+                )
 
 
 @check("backbone")
@@ -108,15 +132,15 @@ def masked_tokens_do_not_matter(subject: Subject) -> None:
         backbone = subject.make(token_dim=token_dim)
     except UnderpaintError as error:
         raise NotApplicable(str(error)) from None
-    latents, t, _ = _probe(subject, backbone, 2)
+    latents, t, _, *rest = _probe(subject, backbone, 2)
     given = condition(subject.context["pooled_dim"], token_dim, 2)
     assert given.tokens is not None
     disturb(backbone)
     tokens = given.tokens.clone()
     tokens[:, -1] += 3.0
     with torch.no_grad():
-        before = backbone(latents, t, given)
-        after = backbone(latents, t, Condition(tokens=tokens, mask=given.mask, pooled=given.pooled))
+        before = backbone(latents, t, given, *rest)
+        after = backbone(latents, t, Condition(tokens=tokens, mask=given.mask, pooled=given.pooled), *rest)
     close(after.velocity, before.velocity, "with another masked token", 1e-5)
 
 
@@ -125,10 +149,11 @@ def ends_of_time_are_finite(subject: Subject) -> None:
     """At t = 0 and at t = 1 the velocity is finite."""
     backbone = subject.make()
     disturb(backbone)
-    latents, _, given = _probe(subject, backbone, 2)
+    latents, _, *rest = _probe(subject, backbone, 2)
     with torch.no_grad():
-        velocity = backbone(latents, torch.tensor([0.0, 1.0]), given).velocity
-    expect(bool(torch.isfinite(velocity).all()), "the velocity is not finite at t = 0 or t = 1")
+        result = backbone(latents, torch.tensor([0.0, 1.0]), *rest)
+    for path, value in tensors(result):
+        expect(bool(torch.isfinite(value).all()), f"{path} is not finite at t = 0 or t = 1")
 
 
 @check("backbone")
@@ -146,7 +171,7 @@ def accepts_condition_as_wide(subject: Subject) -> None:
     """It can be made for a pooled condition of its own width, which class labels have."""
     width = subject.make().width
     backbone = subject.make(pooled_dim=width)
-    latents, t, _ = _probe(subject, backbone, 2)
+    latents, t, _, *rest = _probe(subject, backbone, 2)
     with torch.no_grad():
-        result = backbone(latents, t, condition(width, subject.context["token_dim"], 2))
+        result = backbone(latents, t, condition(width, subject.context["token_dim"], 2), *rest)
     expect(result.velocity.shape == latents.shape, f"the velocity has shape {tuple(result.velocity.shape)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -49,13 +50,13 @@ def refuses_damaged_files(subject: Subject) -> None:
 
 
 class _Trap:
-    """Leaves a file behind when it is unpickled without care."""
+    """Leaves a folder behind when it is unpickled without care."""
 
     def __init__(self, path: str) -> None:
         self.path = path
 
-    def __reduce__(self) -> tuple[object, tuple[str, str]]:
-        return open, (self.path, "w")
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (self.path,)
 
 
 @check("importer", since="1.1")

@@ -15,6 +15,7 @@ from underpaint.interfaces.backbone import Prediction
 from underpaint.interfaces.decoder import Reconstruction
 from underpaint.interfaces.encoder import Encoder, EncoderInfo, Features
 from underpaint.interfaces.loss import AdversarialLoss, Loss, StepSizes, StepTensors
+from underpaint.registration.registrar import load_target
 from underpaint.testing.kit import NotApplicable, Subject, check, expect
 from underpaint.testing.modules import convert, generator, tensors
 
@@ -30,6 +31,7 @@ _CHANNELS = (24, 40)
 _LATENT = (8, 4, 4)
 _WIDTH = 16
 _LAYERS = 12
+_COMPANION = 6
 
 
 class _Encoder(Encoder):
@@ -58,7 +60,7 @@ class _Encoder(Encoder):
 
 
 def _step(subject: Subject, batch: int = 2) -> StepTensors:
-    """Return a step with every field filled, in float32 as the engine hands them over."""
+    """Return a step with every field filled, a companion's where it is needed, in float32 as the engine gives them."""
     noise = generator()
     height, width = subject.size or (32, 32)
 
@@ -78,6 +80,9 @@ def _step(subject: Subject, batch: int = 2) -> StepTensors:
     x0, epsilon, images = draw(*_LATENT), draw(*_LATENT), image()
     t = torch.linspace(0.2, 0.8, batch)
     scale = t.view(-1, 1, 1, 1)
+    # A companion makes the hidden states longer by its token, which other losses need not expect.
+    paired = "companion_target" in load_target(subject.registration.target).needs
+    tokens = _LATENT[1] * _LATENT[2] + paired
     return StepTensors(
         step=0,
         inputs=images.clone(),
@@ -96,8 +101,11 @@ def _step(subject: Subject, batch: int = 2) -> StepTensors:
         x_t=(1 - scale) * x0 + scale * epsilon,
         target=epsilon - x0,
         prediction=Prediction(
-            draw(*_LATENT), {layer: draw(_LATENT[1] * _LATENT[2], _WIDTH) for layer in range(_LAYERS)}
+            draw(*_LATENT),
+            {layer: draw(tokens, _WIDTH) for layer in range(_LAYERS)},
+            draw(_COMPANION) if paired else None,
         ),
+        companion_target=draw(_COMPANION) if paired else None,
     )
 
 
@@ -264,7 +272,7 @@ def finite_at_the_optimum(subject: Subject) -> None:
         features=convert(step.reference_features, torch.clone),
         posterior=convert(step.reference_posterior, torch.clone),
         reconstruction=Reconstruction(step.images.clone()),
-        prediction=Prediction(step.target.clone(), step.prediction.hidden),
+        prediction=Prediction(step.target.clone(), step.prediction.hidden, convert(step.companion_target, torch.clone)),
     )
     learning = _learning(perfect)
     terms = _seeded(_loss(subject))(learning)

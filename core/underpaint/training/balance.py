@@ -84,7 +84,9 @@ def balanced(
         )
         return torch.zeros_like(layer) if found is None else found
 
-    references = {at: norm(at_layer(reference, layer)) for at, layer in layers.items()}
+    # Losses outside their window are measured nowhere.
+    places = dict.fromkeys(share.adaptive.at for share in shares if share.adaptive is not None)
+    references = {at: norm(at_layer(reference, layers[at])) for at in places}
     factors: dict[str, Tensor] = {}
     total = live.image.new_zeros((), dtype=torch.float32)
     onward: list[Sequence[Tensor | None]] = []

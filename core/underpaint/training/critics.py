@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from underpaint.config.recipe import write_atomically
@@ -13,8 +13,10 @@ from underpaint.config.schema import CriticConfig, EngineConfig, OptimizerConfig
 from underpaint.errors import ConfigError, DataError
 from underpaint.interfaces.loss import AdversarialLoss, StepTensors
 from underpaint.training.engine import Engine
+from underpaint.training.heads import differences
 from underpaint.training.ranks import Ranks
 from underpaint.training.terms import LossItem
+from underpaint.weights import load_weights
 
 __all__ = ["CriticTrainer", "carry_critic"]
 
@@ -145,16 +147,11 @@ def carry_critic(item: LossItem, folder: Path, stage: str) -> None:
             f"{'none of that loss: ' + ', '.join(found) if found else 'no critic'}; remove 'carry', or name another "
             "stage."
         )
-    state = load_file(path)
-    wanted = item.loss.critic.state_dict()
-    wrong = [name for name in sorted(wanted.keys() | state.keys()) if _shape(wanted, name) != _shape(state, name)]
+    state = load_weights(str(path))
+    wrong = differences(item.loss.critic.state_dict(), state)
     if wrong:
         raise DataError(
             f"The critic of stage '{stage}' differs from this stage's '{item.config.name}' in {len(wrong)} tensors, "
             f"the first '{wrong[0]}'; give both stages the same options, or remove 'carry'."
         )
     item.loss.critic.load_state_dict(state)
-
-
-def _shape(state: dict[str, Tensor], name: str) -> tuple[int, ...] | None:
-    return tuple(state[name].shape) if name in state else None

@@ -13,12 +13,14 @@ from underpaint.config.schema import DiffusionConfig
 from underpaint.data.order import sample_seed
 from underpaint.diffusion.paths import PATHS
 from underpaint.diffusion.times import sample_time
+from underpaint.errors import ConfigError
 from underpaint.interfaces.backbone import Backbone
 from underpaint.interfaces.conditioner import Conditioner
+from underpaint.interfaces.encoder import Encoder
 from underpaint.interfaces.loss import StepSizes, StepTensors
 from underpaint.training.terms import WeightedLosses
 
-__all__ = ["DiffusionModule", "StepNoise", "diffusion_losses"]
+__all__ = ["DiffusionModule", "StepNoise", "check_companion", "diffusion_losses"]
 
 
 class StepNoise:
@@ -26,37 +28,109 @@ class StepNoise:
 
     They are drawn for the global batch from a generator keyed by seed and step, and each rank takes its rows:
     a few milliseconds of a large batch, for runs that do not depend on how many devices they use.
+
+    Args:
+        config: Batch, times, dropout.
+        shape: d, h, w of the latents.
+        seed: Seed of the stage.
+        device: Where it is drawn.
+        companion: Channels of the companion's noise; 0 draws none.
     """
 
-    def __init__(self, config: DiffusionConfig, shape: tuple[int, int, int], seed: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: DiffusionConfig,
+        shape: tuple[int, int, int],
+        seed: int,
+        device: torch.device,
+        companion: int = 0,
+    ) -> None:
         self._config = config
         self._shape = shape
         self._seed = seed
         self._device = device
+        self._channels = companion
         self._step = -1
-        self._drawn: tuple[Tensor, Tensor, Tensor] | None = None
+        self._drawn: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     def rows(self, step: int, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Return noise (B×d×h×w), t (B) and drop (B, bool) of some rows of a step's global batch."""
+        noise, t, drop, _ = self._draw(step)
+        return noise[rows], t[rows], drop[rows]
+
+    def companion(self, step: int, rows: slice) -> Tensor:
+        """Return the companion's noise (B×C) of the same rows."""
+        return self._draw(step)[3][rows]
+
+    def _draw(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if step != self._step or self._drawn is None:
             batch = self._config.batch
             generator = torch.Generator(self._device).manual_seed(sample_seed(self._seed, step))
             noise = torch.randn((batch, *self._shape), generator=generator, device=self._device)
             t = sample_time(self._config.time, batch, generator, self._device, step=step, shape=self._shape)
             drop = torch.rand(batch, generator=generator, device=self._device) < self._config.dropout
-            self._step, self._drawn = step, (noise, t, drop)
-        noise, t, drop = self._drawn
-        return noise[rows], t[rows], drop[rows]
+            # After the others, so that these are the same with a companion and without.
+            companion = torch.randn((batch, self._channels), generator=generator, device=self._device)
+            self._step, self._drawn = step, (noise, t, drop, companion)
+        return self._drawn
 
 
 def diffusion_losses(config: DiffusionConfig, device: torch.device, sizes: StepSizes) -> WeightedLosses:
     """Make the losses of diffusion training.
 
     Raises:
-        ConfigError: One of them needs what diffusion training does not have.
+        ConfigError: One of them needs what diffusion training does not have, or none of them trains the companion.
     """
-    available = frozenset({"step", "x0", "noise", "t", "x_t", "target", "prediction"})
-    return WeightedLosses(config.losses, available=available, sizes=sizes, device=device, path="diffusion.losses")
+    available = {"step", "inputs", "x0", "noise", "t", "x_t", "target", "prediction"}
+    if config.companion is not None:
+        available.add("companion_target")
+    losses = WeightedLosses(
+        config.losses, available=frozenset(available), sizes=sizes, device=device, path="diffusion.losses"
+    )
+    if config.companion is not None and "companion_target" not in losses.needs:
+        raise ConfigError(
+            "diffusion.companion is set, and none of diffusion.losses trains the companion; add "
+            "{name: companion, weight: 0.03}, or remove diffusion.companion."
+        )
+    return losses
+
+
+def check_companion(name: str, backbone: Backbone, encoder: Encoder | None, image: tuple[int, int]) -> None:
+    """Refuse a companion that is not the backbone's.
+
+    Args:
+        name: Registered name of the backbone.
+        backbone: The backbone.
+        encoder: Encoder of ``diffusion.companion``, on any device, or None where that is not set.
+        image: Height and width of the images in pixels.
+
+    Raises:
+        ConfigError: Only one of the two has a companion, or they disagree about its channels.
+        DataError: The images do not fit the encoder.
+    """
+    wanted = backbone.companion
+    if encoder is None:
+        if wanted:
+            raise ConfigError(
+                f"The backbone '{name}' denoises a companion vector of {wanted} channels; set diffusion.companion to "
+                "the encoder whose pooled features it is."
+            )
+        return
+    if not wanted:
+        raise ConfigError(
+            f"diffusion.companion is set, and the backbone '{name}' has no companion vector; remove it, or take a "
+            "backbone that has one, such as 'reg/XL-1'."
+        )
+    encoder.grid(*image)
+    with torch.no_grad():
+        pooled = encoder(torch.zeros(1, 3, *image, device=next(encoder.parameters()).device)).pooled
+    if pooled is None or pooled.shape[1] != wanted:
+        found = "has no pooled features" if pooled is None else f"has pooled features of {pooled.shape[1]} channels"
+        advice = "" if pooled is None else f", or set diffusion.backbone.companion={pooled.shape[1]}"
+        raise ConfigError(
+            f"diffusion.companion names the encoder '{encoder.spec.name}', which {found}, and the backbone '{name}' "
+            f"denoises a companion of {wanted}; choose an encoder that fits{advice}."
+        )
 
 
 class DiffusionModule(nn.Module):
@@ -80,9 +154,28 @@ class DiffusionModule(nn.Module):
         self._predicts = predicts
 
     def forward(
-        self, x0: Tensor, inputs: Tensor | Sequence[str], noise: Tensor, t: Tensor, drop: Tensor, step: int
+        self,
+        x0: Tensor,
+        inputs: Tensor | Sequence[str],
+        noise: Tensor,
+        t: Tensor,
+        drop: Tensor,
+        step: int,
+        *,
+        images: Tensor | None = None,
+        companion: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the weighted loss and its terms for B×d×h×w standardised latents.
+        """Return the weighted loss and its terms.
+
+        Args:
+            x0: B×d×h×w standardised latents.
+            inputs: B labels or texts, as the conditioner accepts.
+            noise: B×d×h×w.
+            t: B noise fractions.
+            drop: B booleans, True for the null condition.
+            step: Optimizer step.
+            images: B×3×H×W images of the latents in [-1, 1], where a loss needs them.
+            companion: B×C vectors and their noise, where the backbone has a companion.
 
         The target is that of the training path, and the backbone's output is compared with it as it comes. Beside the
         terms of the losses there is ``loss_t/0.05`` and so on, the mean squared error at times from 0.0 to 0.1 and so
@@ -92,16 +185,27 @@ class DiffusionModule(nn.Module):
         dtype = next(self.backbone.parameters()).dtype
         x_t = self._path.mix(x0, noise, t)
         condition = self.conditioner(inputs, drop)
-        prediction = self.backbone(x_t.to(dtype), t, condition, losses.layers)
-        prediction = attrs.evolve(prediction, velocity=prediction.velocity.float())
+        if companion is None:
+            prediction = self.backbone(x_t.to(dtype), t, condition, losses.layers)
+            prediction = attrs.evolve(prediction, velocity=prediction.velocity.float())
+            companion_target = None
+        else:
+            c_t = self._path.mix(*companion, t).to(dtype)
+            prediction = self.backbone(x_t.to(dtype), t, condition, losses.layers, companion=c_t)
+            prediction = attrs.evolve(
+                prediction, velocity=prediction.velocity.float(), companion=prediction.companion.float()
+            )
+            companion_target = self._path.quantity(self._predicts, *companion, t)
         tensors = StepTensors(
             step=step,
+            inputs=images,
             x0=x0,
             noise=noise,
             t=t,
             x_t=x_t,
             target=self._path.quantity(self._predicts, x0, noise, t),
             prediction=prediction,
+            companion_target=companion_target,
         )
         total, terms = losses(tensors)
         assert tensors.target is not None

@@ -9,15 +9,19 @@ from typing import Any, Literal
 
 import attrs
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from underpaint.data.latents import LatentCache
+from underpaint.data.loader import Batch
 from underpaint.data.order import Order, sample_seed
-from underpaint.errors import ConfigError
+from underpaint.errors import ConfigError, DataError
 from underpaint.training.ranks import Ranks
 
 __all__ = ["LatentBatch", "latent_batches"]
+
+_PATIENCE = 10.0
 
 
 @attrs.frozen
@@ -28,11 +32,14 @@ class LatentBatch:
         latents: B×d×h×w float32, on the CPU.
         inputs: B class indices or B captions, as the conditioner accepts.
         rows: Where the micro-batch stands in the global batch.
+        images: B×H×W×3 uint8 images of the latents, flipped where these are of the flipped image; None unless asked
+            for. On the CPU, or where the run keeps its images.
     """
 
     latents: Tensor
     inputs: Tensor | Sequence[str]
     rows: slice
+    images: Tensor | None = None
 
 
 def latent_batches(
@@ -44,13 +51,27 @@ def latent_batches(
     ranks: Ranks,
     seed: int,
     start: int,
+    images: Iterator[Batch] | None = None,
+    samples: NDArray[np.int64] | None = None,
 ) -> Iterator[LatentBatch]:
     """Yield this rank's micro-batches without end, read ahead in a thread.
 
     The global batch at a step depends on the seed and the step only, not on ranks or accumulation.
 
+    Args:
+        cache: The latents.
+        accepts: What the conditioner accepts.
+        batch: Latents per step, over all ranks.
+        accumulation: Micro-batches per step.
+        ranks: The processes.
+        seed: Seed of the order and of flips.
+        start: First step.
+        images: This rank's images of the same steps, in the same order, never flipped; closed at the end.
+        samples: Position in the data set of every latent of the cache, which the images are checked against.
+
     Raises:
         ConfigError: The batch does not divide by ranks and accumulation.
+        DataError: While iterating: an image can no longer be read.
     """
     parts = ranks.world_size * accumulation
     if batch % parts:
@@ -65,6 +86,7 @@ def latent_batches(
     def produce() -> Iterator[LatentBatch]:
         step = start
         while True:
+            pictures = None if images is None else next(images).split(accumulation)
             for micro in range(accumulation):
                 first = ranks.rank * size * accumulation + micro * size
                 positions = range(step * batch + first, step * batch + first + size)
@@ -74,10 +96,11 @@ def latent_batches(
                     cache.standardise(cache.read(indices, flips)),
                     _inputs(cache, indices, accepts),
                     slice(first, first + size),
+                    None if pictures is None else _pictures(pictures[micro], cache, indices, samples, flips),
                 )
             step += 1
 
-    return _ahead(produce())
+    return _ahead(produce(), images)
 
 
 def _inputs(cache: LatentCache, indices: NDArray[np.int64], accepts: str) -> Tensor | list[str]:
@@ -87,8 +110,29 @@ def _inputs(cache: LatentCache, indices: NDArray[np.int64], accepts: str) -> Ten
     return cache.labels(indices).clamp_min(0)
 
 
-def _ahead(items: Iterator[Any], depth: int = 4) -> Iterator[Any]:
-    """Run an endless iterator in a daemon thread, a few items ahead."""
+def _pictures(
+    found: Batch,
+    cache: LatentCache,
+    indices: NDArray[np.int64],
+    samples: NDArray[np.int64] | None,
+    flips: NDArray[np.bool_] | None,
+) -> Tensor:
+    assert samples is not None
+    # A reader replaces an image that it cannot decode by another one.
+    wrong = np.flatnonzero(found.indices.numpy() != samples[indices])
+    if wrong.size:
+        raise DataError(
+            f"The image '{cache.keys(indices[wrong[:1]])[0]}' can no longer be read, though its latent was made from "
+            "it; restore it and start again to resume, or run again with --rebuild."
+        )
+    if flips is None:
+        return found.images
+    turned = torch.from_numpy(flips).to(found.images.device).view(-1, 1, 1, 1)
+    return torch.where(turned, found.images.flip(2), found.images)
+
+
+def _ahead(items: Iterator[Any], source: Iterator[Any] | None, depth: int = 4) -> Iterator[Any]:
+    """Run an endless iterator in a daemon thread, a few items ahead; the thread closes what the items come from."""
     ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(maxsize=depth)
     done = threading.Event()
 
@@ -105,8 +149,13 @@ def _ahead(items: Iterator[Any], depth: int = 4) -> Iterator[Any]:
                     return
         except BaseException as error:
             ready.put((None, error))
+        finally:
+            close = getattr(source, "close", None)
+            if close is not None:
+                close()
 
-    threading.Thread(target=work, daemon=True, name="latents").start()
+    thread = threading.Thread(target=work, daemon=True, name="latents")
+    thread.start()
     try:
         while True:
             item, error = ready.get()
@@ -115,3 +164,5 @@ def _ahead(items: Iterator[Any], depth: int = 4) -> Iterator[Any]:
             yield item
     finally:
         done.set()
+        # Worker processes must be gone before this one ends; a read that hangs must not hold it up.
+        thread.join(_PATIENCE if source is not None else 0.0)

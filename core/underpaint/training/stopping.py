@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -21,8 +22,7 @@ class StopRule:
     Args:
         config: Metrics, interval, patience.
         path: The file, one JSON line for each measurement.
-        measure: Measures now, on every rank, with the same result on each: by name, the value and whether higher is
-            better.
+        measure: Measures now, on every rank: by name, the value and whether higher is better. That of rank 0 counts.
         ranks: The processes.
     """
 
@@ -50,7 +50,7 @@ class StopRule:
         """Measure if it is time to, and return whether the stage may end."""
         if step % self._config.every:
             return False
-        self._rows.append((step, dict(self._measure())))
+        self._rows.append((step, self._ranks.broadcast_object(dict(self._measure()))))
         if self._ranks.is_main:
             lines = [json.dumps({"step": at, "values": values}) for at, values in self._rows]
             write_atomically(self._path, "\n".join(lines) + "\n")
@@ -69,6 +69,8 @@ class StopRule:
         signed = [(step, value if higher else -value) for step, value, higher in history]
         when, best = signed[0]
         for step, value in signed[1:]:
-            if value > best + self._config.tolerance * abs(best):
+            # Nothing is a share better than a number that is not finite; anything is better than none.
+            least = best + self._config.tolerance * abs(best) if math.isfinite(best) else best
+            if math.isnan(best) or value > least:
                 when, best = step, value
         return when

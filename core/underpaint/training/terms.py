@@ -16,6 +16,10 @@ from underpaint.training.balance import Share, balanced, detached
 
 __all__ = ["LossItem", "WeightedLosses"]
 
+_REACHES = {
+    "decoder": frozenset({"reconstruction"}),
+    "adapter": frozenset({"reconstruction", "latents", "posterior"}),
+}
 _GIVEN = frozenset({"step", "inputs", "images", "labels", "reconstruction"})
 
 
@@ -44,8 +48,9 @@ class LossItem:
 
     @property
     def is_reference(self) -> bool:
-        """Whether adaptive weights compare with its gradient: reconstruction losses of fixed weight."""
-        return self.judges_images and self.config.adaptive is None and not isinstance(self.loss, AdversarialLoss)
+        """Whether adaptive weights compare with its gradient: reconstruction losses of a fixed weight above 0."""
+        fixed = self.config.adaptive is None and self.config.weight > 0.0
+        return fixed and self.judges_images and not isinstance(self.loss, AdversarialLoss)
 
 
 class WeightedLosses:
@@ -142,6 +147,11 @@ class WeightedLosses:
             )
         if not balancing:
             return torch.stack([share.weight * share.value for share in shares]).sum(), terms
+        if not any(share.is_reference for share in shares):
+            raise ConfigError(
+                f"An adaptive weight compares with the reconstruction losses, and none of fixed weight counts at step "
+                f"{tensors.step}; extend the 'start' and 'end' of one."
+            )
         assert layers is not None
         assert tensors.reconstruction is not None
         assert seen.reconstruction is not None
@@ -156,6 +166,11 @@ def _check(config: LossConfig, loss: Loss, available: frozenset[str], path: str)
         raise ConfigError(
             f"{path}: the loss '{config.name}' needs {', '.join(lacking)}, which this stage does not "
             f"have{hint}; it has {', '.join(sorted(available - {'step'}))}."
+        )
+    if config.adaptive is not None and not loss.needs & _REACHES[config.adaptive.at]:
+        raise ConfigError(
+            f"{path}: the gradient of the loss '{config.name}' does not reach the {config.adaptive.at}, where its "
+            f"adaptive weight is measured; it needs {', '.join(sorted(loss.needs))}."
         )
     if config.critic is not None and not isinstance(loss, AdversarialLoss):
         raise ConfigError(f"{path}: the loss '{config.name}' has no critic to train; remove its key 'critic'.")

@@ -212,10 +212,8 @@ class TokenizerModule(nn.Module):
     def _target(self, images: Tensor, inputs: Tensor, view: View, made: Tensor) -> Tensor:
         if view.latent_scale == 1.0 and not view.turns:
             return inputs
-        height, width = made.shape[-2:]
-        if view.turns % 2:
-            height, width = width, height
-        return torch.rot90(resized(images, height, width), view.turns, (-2, -1))
+        # Quarter turns are drawn for square images only, so the sides need not change places.
+        return torch.rot90(resized(images, *made.shape[-2:]), view.turns, (-2, -1))
 
 
 def _submodule(module: nn.Module, path: str) -> nn.Module:

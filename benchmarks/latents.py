@@ -1,0 +1,148 @@
+"""Random batches from a latent cache in memory: samples and bytes per second, with one and more processes.
+
+    python benchmarks/latents.py --out benchmarks/results/NAME.json
+
+Writes synthetic latents as `underpaint encode` does, and reads shuffled batches of them as diffusion training does.
+8 GPUs at 700 images per second each need 5,600 samples per second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import subprocess
+import tempfile
+import time
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from underpaint.data.latent_writer import LatentCacheWriter
+from underpaint.data.latents import CacheIdentity, LatentCache
+from underpaint.data.order import Order, sample_seed
+
+TARGET = 8 * 700
+
+
+def write(folder: Path, arguments: argparse.Namespace) -> None:
+    identity = CacheIdentity(
+        tokenizer="synthetic",
+        data="synthetic",
+        height=arguments.shape[1] * 16,
+        width=arguments.shape[2] * 16,
+        crop="center",
+        flip=False,
+        dtype=arguments.dtype,
+        store=arguments.store,
+        shape=tuple(arguments.shape),
+        count=arguments.count,
+    )
+    writer = LatentCacheWriter(folder, identity, shard_size=arguments.shard)
+    for shard in writer.missing_shards():
+        span = writer.positions(shard)
+        generator = torch.Generator().manual_seed(shard)
+        latents = torch.randn(len(span), *identity.stored_shape, generator=generator)
+        writer.write(shard, latents, keys=[str(i) for i in span], labels=[i % 1000 for i in span])
+    writer.finish()
+
+
+def read(folder: Path, rank: int, world_size: int, arguments: argparse.Namespace, start: Any, results: Any) -> None:
+    torch.set_num_threads(arguments.threads)
+    cache = LatentCache(folder, statistics=arguments.statistics)
+    order = Order(len(cache), 0)
+    for indices in np.array_split(np.arange(len(cache)), -(-len(cache) // arguments.batch)):
+        cache.read(indices, seeds=range(len(indices)))  # into the page cache
+    start.wait()
+    begin = time.perf_counter()
+    count, step = 0, rank
+    while time.perf_counter() - begin < arguments.seconds:
+        positions = range(step * arguments.batch, (step + 1) * arguments.batch)
+        indices = order.indices(positions)
+        latents = cache.read(indices, seeds=[sample_seed(0, position, 1) for position in positions])
+        cache.standardise(latents)
+        cache.labels(indices)
+        count += len(indices)
+        step += world_size
+    results.put(count / (time.perf_counter() - begin))
+
+
+def measured(folder: Path, processes: int, arguments: argparse.Namespace) -> float:
+    """Return the samples per second of some processes together."""
+    context = multiprocessing.get_context("spawn")
+    start, results = context.Barrier(processes), context.Queue()
+    readers = [
+        context.Process(target=read, args=(folder, rank, processes, arguments, start, results))
+        for rank in range(processes)
+    ]
+    for reader in readers:
+        reader.start()
+    total = sum(results.get(timeout=600) for _ in readers)
+    for reader in readers:
+        reader.join()
+    return total
+
+
+def machine() -> dict[str, Any]:
+    facts = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
+    names = [line.partition(":")[2].strip() for line in facts.splitlines() if line.startswith("model name")]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {"processor": names[0] if names else platform.machine(), "cores": os.cpu_count(), "memory_gib": round(memory)}
+
+
+def commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--count", type=int, default=50_000, help="latents to write")
+    parser.add_argument("--shape", type=int, nargs=3, default=(32, 16, 16), metavar=("D", "H", "W"))
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--store", choices=["mode", "posterior"], default="mode")
+    parser.add_argument("--statistics", choices=["channel", "position"], default="channel")
+    parser.add_argument("--shard", type=int, default=4096)
+    parser.add_argument("--batch", type=int, default=1024)
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--threads", type=int, default=1, help="threads of each process")
+    parser.add_argument("--seconds", type=float, default=5.0, help="how long to read, for each number of processes")
+    parser.add_argument("--folder", type=Path, help="where to write the latents, about 16 KiB each; default: temporary")
+    arguments = parser.parse_args()
+    config = {name: value for name, value in vars(arguments).items() if name not in ("out", "folder", "processes")}
+    record: dict[str, Any] = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "machine": machine(),
+        "versions": {"python": platform.python_version(), **{n: version(n) for n in ("torch", "numpy", "underpaint")}},
+        "config": config,
+        "target_samples_per_second": TARGET,
+        "rows": [],
+    }
+    width = 2 if arguments.dtype == "bfloat16" else 4
+    size = int(np.prod(arguments.shape)) * width * (2 if arguments.store == "posterior" else 1)
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        begin = time.perf_counter()
+        write(Path(folder), arguments)
+        record["write_samples_per_second"] = round(arguments.count / (time.perf_counter() - begin))
+        for processes in arguments.processes:
+            rate = measured(Path(folder), processes, arguments)
+            row = {"processes": processes, "samples_per_second": round(rate), "gb_per_second": round(rate * size / 1e9, 3)}
+            record["rows"].append(row)
+            print(
+                f"{processes} processes: {row['samples_per_second']:,} samples/s, {row['gb_per_second']} GB/s, "
+                f"{rate / TARGET:.1f} times the target",
+                flush=True,
+            )
+    arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

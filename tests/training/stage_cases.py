@@ -1,0 +1,229 @@
+"""What the tests of tokenizer stages share: a tiny tokenizer, its module, the plain way of balancing, several ranks."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing
+from torch import Tensor
+
+from underpaint.config.schema import (
+    ComponentConfig,
+    EngineConfig,
+    EquivarianceConfig,
+    LossConfig,
+    OptimizerConfig,
+    StageConfig,
+    TokenizerConfig,
+)
+from underpaint.config.structure import structure
+from underpaint.data.transforms import to_tensor
+from underpaint.interfaces.decoder import Reconstruction
+from underpaint.interfaces.loss import AdversarialLoss, StepTensors
+from underpaint.models.build import build_tokenizer
+from underpaint.models.tokenizer import Tokenizer
+from underpaint.training.critics import CriticTrainer
+from underpaint.training.engine import Engine
+from underpaint.training.ranks import Ranks
+from underpaint.training.terms import WeightedLosses
+from underpaint.training.tokenizer_stage import TokenizerModule, tokenizer_losses, tokenizer_sizes
+
+SIZE = 16
+ENCODER = {"width": 48, "depth": 2, "heads": 2}
+DECODER = {"base": 8, "blocks": 1, "multipliers": [1, 1, 1, 2]}
+PATCHGAN = {"name": "critics/patchgan", "channels": 4, "layers": 2}
+# Normalised sample by sample, so that a batch may be divided among ranks.
+ALONE = {"name": "critics/multiscale", "channels": 4, "layers": 2, "scales": 1, "virtual_batch": 1}
+
+
+def make_tokenizer(decoder: Mapping[str, Any] | None = None, adapter: str = "aligntok/mlp") -> Tokenizer:
+    name, options = ("ldm/decoder", DECODER) if decoder is None else (decoder["name"], {**decoder})
+    options = {key: value for key, value in options.items() if key != "name"}
+    return build_tokenizer(
+        TokenizerConfig(
+            encoder=ComponentConfig(name="tiny/vit@random", options=ENCODER),
+            adapter=ComponentConfig(name=adapter),
+            decoder=ComponentConfig(name=name, options=options),
+            latent_channels=4,
+        ),
+        seed=0,
+    )
+
+
+def make_stage(losses: Sequence[Any], trains: Sequence[str] = ("encoder", "adapter", "decoder")) -> StageConfig:
+    configs = tuple(structure(loss, LossConfig, "losses") for loss in losses)
+    return StageConfig(name="one", trains=tuple(trains), losses=configs, steps=10)
+
+
+def make_module(
+    losses: Sequence[Any],
+    trains: Sequence[str] = ("encoder", "adapter", "decoder"),
+    *,
+    size: tuple[int, int] = (SIZE, SIZE),
+    tokenizer: Tokenizer | None = None,
+    teacher: Tokenizer | None = None,
+    equivariance: EquivarianceConfig | None = None,
+    average: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> tuple[TokenizerModule, WeightedLosses]:
+    model = make_tokenizer() if tokenizer is None else tokenizer
+    torch.manual_seed(1)
+    sizes = tokenizer_sizes(model, *size)
+    made = tokenizer_losses(make_stage(losses, trains), 0, torch.device("cpu"), sizes, average=average)
+    return TokenizerModule(model, trains, made, teacher, equivariance), made
+
+
+def pixels(count: int = 4, height: int = SIZE, width: int = SIZE, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, height, width, 3), dtype=torch.uint8, generator=generator)
+
+
+def plainly(
+    module: TokenizerModule, losses: WeightedLosses, shown: Tensor, step: int = 0
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Balance as VQGAN's paper has it: differentiate each loss at the last layer, and weigh the losses themselves."""
+    images = to_tensor(shown)
+    features = module.encoder(images.to(next(module.parameters()).dtype))
+    posterior = module.adapter(features)
+    latents = posterior.sample()
+    made = module.decoder(latents)
+    tensors = StepTensors(
+        step=step,
+        inputs=images,
+        images=images,
+        encoder=module.encoder,
+        features=features,
+        posterior=posterior,
+        latents=latents.float(),
+        reconstruction=Reconstruction(made.image.float(), tuple(image.float() for image in made.pyramid)),
+    )
+    items = [item for item in losses.items if item.counts(step)]
+    values = {item.key: sum(item.loss(tensors).values()) for item in items}
+
+    def norm(value: Tensor, part: str) -> Tensor:
+        return torch.autograd.grad(value, getattr(module, part).last_layer(), retain_graph=True)[0].norm()
+
+    fixed = [i for i in items if i.config.adaptive is None and not isinstance(i.loss, AdversarialLoss)]
+    image_losses = [i for i in fixed if i.key in ("l1", "mse", "ssim", "vfmvae_pyramid")]
+    total, factors = torch.zeros(()), {}
+    for item in items:
+        weight: Any = item.config.weight
+        adaptive = item.config.adaptive
+        if adaptive is not None:
+            reference = sum(i.config.weight * values[i.key] for i in image_losses)
+            ratio = norm(reference, adaptive.at) / (norm(values[item.key], adaptive.at) + adaptive.eps)
+            factors[item.key] = ratio.clamp(max=adaptive.limit).detach()
+            weight = weight * factors[item.key] if adaptive.apply else weight
+        total = total + weight * values[item.key]
+    return total, factors
+
+
+def gradients(module: TokenizerModule) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+def make_engine(module: TokenizerModule, ranks: Ranks, *, zero: int = 0, batch: int = 4, **options: Any) -> Engine:
+    return Engine(
+        module,
+        parts=module.learning,
+        optimizer=OptimizerConfig(lr=1e-3),
+        config=EngineConfig(device="cpu", zero=zero),
+        steps=20,
+        micro_batch=batch // ranks.world_size,
+        ema=options.pop("ema", None),
+        ranks=ranks,
+        **options,
+    )
+
+
+def make_critic(losses: WeightedLosses, ranks: Ranks, *, zero: int = 0, batch: int = 4, lr: float = 1e-3) -> Any:
+    return CriticTrainer(
+        losses.adversaries[0],
+        optimizer=OptimizerConfig(lr=lr),
+        config=EngineConfig(device="cpu", zero=zero),
+        steps=20,
+        micro_batch=batch // ranks.world_size,
+        ranks=ranks,
+    )
+
+
+# ------------------------------------------------------------------------------------------ on several ranks
+
+
+def _enter(rank: int, world_size: int, port: int, out: str, case: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    with Ranks("cpu", timeout=60) as ranks:
+        result = case(ranks, *args)
+    torch.save(result, f"{out}/{rank}.pt")
+
+
+def on_ranks(folder: Path, world_size: int, case: Callable[..., Any], *args: Any) -> list[Any]:
+    """Run a function of this module on so many processes and return what it gives on each."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.multiprocessing.start_processes(
+        _enter, args=(world_size, port, str(folder), case, args), nprocs=world_size, start_method="spawn"
+    )
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+BALANCED = (
+    {"name": "l1", "weight": 2.0},
+    {"name": "mse", "weight": 0.5, "adaptive": "decoder"},
+    {"name": "vf", "weight": 0.3, "adaptive": "adapter"},
+)
+
+
+def share(whole: Tensor, ranks: Ranks) -> Tensor:
+    return whole.chunk(ranks.world_size)[ranks.rank]
+
+
+def balanced_steps(ranks: Ranks) -> dict[int, Any]:
+    """Train three steps with adaptive weights at ZeRO 0 to 2."""
+    results = {}
+    for zero in (0, 1, 2):
+        module, _ = make_module(BALANCED, average=ranks.average)
+        engine = make_engine(module, ranks, zero=zero)
+        rows = []
+        for step in range(3):
+            loss, terms, _ = engine(share(pixels(seed=step), ranks), step)
+            engine.backward(loss)
+            norm = float(engine.step().grad_norm)
+            rows.append((float(loss), norm, *(float(terms[f"factor_{key}"]) for key in ("mse", "vf"))))
+        results[zero] = (rows, engine.state("raw"))
+        engine.close()
+    return results
+
+
+def critic_steps(ranks: Ranks) -> dict[int, Any]:
+    """Train model and critic for three steps at ZeRO 0 to 2."""
+    results = {}
+    for zero in (0, 1, 2):
+        module, losses = make_module(["l1", {**ALONE, "adaptive": "decoder"}], average=ranks.average)
+        critic = make_critic(losses, ranks, zero=zero)
+        engine = make_engine(module, ranks, zero=zero)
+        rows = []
+        for step in range(3):
+            loss, terms, shown = engine(share(pixels(seed=step), ranks), step)
+            engine.backward(loss)
+            engine.step()
+            judged = critic.step(shown)
+            rows.append([float(loss), float(terms["adversarial"]), *(float(judged[k]) for k in sorted(judged))])
+        own = {name: p.detach().clone() for name, p in losses.adversaries[0].loss.critic.named_parameters()}
+        results[zero] = (rows, own)
+        critic.close()
+        engine.close()
+    return results
