@@ -83,7 +83,7 @@ def measured(folder: Path, processes: int, arguments: argparse.Namespace) -> flo
     ]
     for reader in readers:
         reader.start()
-    total = sum(results.get(timeout=600) for _ in readers)
+    total = sum(float(results.get(timeout=600)) for _ in readers)
     for reader in readers:
         reader.join()
     return total
@@ -93,7 +93,11 @@ def machine() -> dict[str, Any]:
     facts = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
     names = [line.partition(":")[2].strip() for line in facts.splitlines() if line.startswith("model name")]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return {"processor": names[0] if names else platform.machine(), "cores": os.cpu_count(), "memory_gib": round(memory)}
+    return {
+        "processor": names[0] if names else platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(memory),
+    }
 
 
 def commit() -> str:
@@ -134,7 +138,11 @@ def main() -> None:
         record["write_samples_per_second"] = round(arguments.count / (time.perf_counter() - begin))
         for processes in arguments.processes:
             rate = measured(Path(folder), processes, arguments)
-            row = {"processes": processes, "samples_per_second": round(rate), "gb_per_second": round(rate * size / 1e9, 3)}
+            row = {
+                "processes": processes,
+                "samples_per_second": round(rate),
+                "gb_per_second": round(rate * size / 1e9, 3),
+            }
             record["rows"].append(row)
             print(
                 f"{processes} processes: {row['samples_per_second']:,} samples/s, {row['gb_per_second']} GB/s, "

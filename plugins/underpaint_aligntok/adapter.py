@@ -60,4 +60,6 @@ class Mlp(Adapter):
 
     def last_layer(self) -> nn.Parameter:
         """Return the weight of the second layer, d×hidden, or 2·d×hidden of a Gaussian."""
-        return self.outer.weight
+        weight = self.outer.weight
+        assert isinstance(weight, nn.Parameter)
+        return weight

@@ -26,6 +26,8 @@ class TimmConfig:
         stride: Pixels of the given image per cell; images are resized so that one patch covers it. None is
             the patch size, but 16 for patch 14: then 256 px gives 16×16 cells as the patch-16 models do.
         interpolation: How images are resized; None is timm's entry for the weights.
+        antialias: Whether the resize to the model's input filters what the smaller image cannot show. RAE's does not
+            (rae.md §2.1), and its decoders expect the features of such images.
         tag: timm's weight tag whose mean, std and native size hold for ``@file:`` and ``@random``. Needed for
             a file only where timm's tags of the model differ in mean or std.
     """
@@ -37,6 +39,7 @@ class TimmConfig:
     )
     stride: int | None = attrs.field(default=None, validator=v.optional(v.gt(0)))
     interpolation: Literal["bilinear", "bicubic"] | None = None
+    antialias: bool = True
     tag: str | None = None
 
     @layers.validator

@@ -15,6 +15,7 @@ import underpaint
 import underpaint_aligntok
 from underpaint import Adapter, ConfigError, DataError, Features, Loss, Posterior, StepTensors
 from underpaint.api import registry
+from underpaint_aligntok.adapter import Mlp
 
 
 def adapter(in_channels: tuple[int, ...] = (6, 4), latent: int = 3, **options: Any) -> Adapter:
@@ -60,6 +61,23 @@ def test_every_cell_is_a_two_layer_perceptron_of_its_own_features() -> None:
 def test_latent_is_a_point() -> None:
     posterior = adapter()(Features((random(1, 6, 2, 2).float(), random(1, 4, 2, 2).float())))
     assert torch.equal(posterior.sample(), posterior.mode())
+
+
+def test_gaussian_has_the_means_and_limited_variances_of_one_layer() -> None:
+    mlp = adapter(gaussian=True)
+    assert isinstance(mlp, Mlp)
+    maps = (random(2, 6, 3, 5).float(), random(2, 4, 3, 5, seed=1).float())
+    with torch.no_grad():
+        mlp.outer.bias[3:] = torch.tensor([100.0, -100.0, 0.0])
+        posterior = mlp(Features(maps))
+        tokens = torch.cat(maps, dim=1).permute(0, 2, 3, 1)
+        moments = mlp.outer(torch.nn.functional.gelu(mlp.inner(tokens))).permute(0, 3, 1, 2)
+    assert posterior.logvar is not None
+    torch.testing.assert_close(posterior.mean, moments[:, :3])
+    assert bool((posterior.logvar[:, 0] == 20.0).all())
+    assert bool((posterior.logvar[:, 1] == -30.0).all())
+    torch.testing.assert_close(posterior.logvar[:, 2], moments[:, 5])
+    assert mlp.last_layer().shape == (6, 10)
 
 
 def test_maps_of_different_grids_are_refused() -> None:
@@ -135,6 +153,17 @@ def test_feature_space_averages_the_maps_and_reads_features_only() -> None:
 def test_scale_free_cosine_is_refused() -> None:
     with pytest.raises(ConfigError, match="has no scale"):
         semantic(distance="cosine", scale_free=True)
+
+
+def test_latent_scale_is_the_standard_deviation_of_the_channels() -> None:
+    latents = random(3, 4, 5, 6) * torch.tensor([0.1, 1.0, 3.0, 0.0], dtype=torch.float64).view(1, 4, 1, 1)
+    latents.requires_grad_()
+    terms = underpaint.create("loss", "aligntok/latent-scale")(StepTensors(step=0, posterior=Posterior(latents)))
+    std = latents.detach().numpy().std(axis=(0, 2, 3))
+    assert {name: float(value) for name, value in terms.items()} == pytest.approx(
+        {"latent_std": std.mean(), "latent_std_min": 0.0, "latent_std_max": std.max()}, rel=1e-5
+    )
+    assert not any(value.requires_grad for value in terms.values())
 
 
 # -------------------------------------------------------------------------------------------------- recipes

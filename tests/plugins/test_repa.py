@@ -28,11 +28,6 @@ def make(sizes: StepSizes = SIZES, **options: Any) -> Any:
     return loss
 
 
-@attrs.frozen
-class WithCompanion(Prediction):
-    companion: Tensor | None = None
-
-
 def step(tokens: int = 24, grid: tuple[int, int] = (8, 12), batch: int = 2, companion: bool = False) -> StepTensors:
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(batch, tokens + companion, 20, generator=generator)
@@ -41,7 +36,7 @@ def step(tokens: int = 24, grid: tuple[int, int] = (8, 12), batch: int = 2, comp
     return StepTensors(
         step=0,
         inputs=torch.rand(batch, 3, 32, 48, generator=generator) * 2 - 1,
-        prediction=WithCompanion(velocity, {3: hidden}, vector),
+        prediction=Prediction(velocity, {3: hidden}, vector),
     )
 
 
@@ -93,7 +88,7 @@ def test_bounds_are_reached() -> None:
     for sign in (1.0, -1.0):
         with torch.no_grad():
             loss.projector[0].weight.copy_(sign * torch.eye(16))
-        prediction = WithCompanion(torch.zeros(2, 4, 8, 12), {3: tokens * 7})
+        prediction = Prediction(torch.zeros(2, 4, 8, 12), {3: tokens * 7})
         assert loss(attrs.evolve(given, prediction=prediction))["repa"].item() == pytest.approx(-sign, abs=1e-5)
 
 
@@ -120,7 +115,7 @@ def test_the_last_map_is_the_target() -> None:
 def test_bfloat16_hidden_states() -> None:
     loss, given = make(), step()
     exact = loss(given)["repa"]
-    prediction = WithCompanion(torch.zeros(2, 4, 8, 12).bfloat16(), {3: hidden(given).bfloat16()})
+    prediction = Prediction(torch.zeros(2, 4, 8, 12).bfloat16(), {3: hidden(given).bfloat16()})
     for projector in (loss, copy.deepcopy(loss).bfloat16()):
         got = projector(attrs.evolve(given, prediction=prediction))["repa"]
         assert got.dtype == torch.float32

@@ -69,13 +69,13 @@ def test_diffusion_on_two_ranks_gives_the_losses_of_one(finished: Path, tmp_path
 
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_result(tmp_path: Path) -> None:
-    recipe, long = recipe_file(tmp_path), ["stages.align.steps=60", "engine.checkpoint_every=1"]
+    recipe, long = recipe_file(tmp_path), ["stages.align.steps=120", "engine.checkpoint_every=1"]
     whole = train(recipe, tmp_path / "whole", *long)
     error = finish(whole)
     assert whole.returncode == 0, error
     rng = np.random.default_rng(0)
     killed = 0
-    for _ in range(6):
+    for _ in range(20):
         process = train(recipe, tmp_path / "run", *long)
         assert process.stderr is not None
         for line in process.stderr:

@@ -13,7 +13,6 @@ import torch.multiprocessing
 from torch import Tensor
 
 from underpaint.config.schema import (
-    ComponentConfig,
     EngineConfig,
     EquivarianceConfig,
     LossConfig,
@@ -41,18 +40,14 @@ PATCHGAN = {"name": "critics/patchgan", "channels": 4, "layers": 2}
 ALONE = {"name": "critics/multiscale", "channels": 4, "layers": 2, "scales": 1, "virtual_batch": 1}
 
 
-def make_tokenizer(decoder: Mapping[str, Any] | None = None, adapter: str = "aligntok/mlp") -> Tokenizer:
-    name, options = ("ldm/decoder", DECODER) if decoder is None else (decoder["name"], {**decoder})
-    options = {key: value for key, value in options.items() if key != "name"}
-    return build_tokenizer(
-        TokenizerConfig(
-            encoder=ComponentConfig(name="tiny/vit@random", options=ENCODER),
-            adapter=ComponentConfig(name=adapter),
-            decoder=ComponentConfig(name=name, options=options),
-            latent_channels=4,
-        ),
-        seed=0,
-    )
+def make_tokenizer(decoder: Mapping[str, Any] | None = None, adapter: Any = "aligntok/mlp") -> Tokenizer:
+    plain = {
+        "encoder": {"name": "tiny/vit@random", **ENCODER},
+        "adapter": adapter,
+        "decoder": {"name": "ldm/decoder", **DECODER} if decoder is None else decoder,
+        "latent_channels": 4,
+    }
+    return build_tokenizer(structure(plain, TokenizerConfig, "tokenizer"), seed=0)
 
 
 def make_stage(losses: Sequence[Any], trains: Sequence[str] = ("encoder", "adapter", "decoder")) -> StageConfig:
@@ -202,7 +197,7 @@ def balanced_steps(ranks: Ranks) -> dict[int, Any]:
             loss, terms, _ = engine(share(pixels(seed=step), ranks), step)
             engine.backward(loss)
             norm = float(engine.step().grad_norm)
-            rows.append((float(loss), norm, *(float(terms[f"factor_{key}"]) for key in ("mse", "vf"))))
+            rows.append((loss.item(), norm, *(float(terms[f"factor_{key}"]) for key in ("mse", "vf"))))
         results[zero] = (rows, engine.state("raw"))
         engine.close()
     return results
@@ -221,7 +216,7 @@ def critic_steps(ranks: Ranks) -> dict[int, Any]:
             engine.backward(loss)
             engine.step()
             judged = critic.step(shown)
-            rows.append([float(loss), float(terms["adversarial"]), *(float(judged[k]) for k in sorted(judged))])
+            rows.append([loss.item(), float(terms["adversarial"]), *(float(judged[k]) for k in sorted(judged))])
         own = {name: p.detach().clone() for name, p in losses.adversaries[0].loss.critic.named_parameters()}
         results[zero] = (rows, own)
         critic.close()

@@ -46,13 +46,15 @@ def check_cache(folder: Path | str, expect: CacheIdentity | None = None) -> Late
     cache = LatentCache(folder, expect)
     differing = [name for name, file in cache.files.items() if file_hash(cache.folder / name) != file["sha256"]]
     if differing:
-        raise _damaged(cache, f"{_listed(differing)} not what was written", differing)
+        verb = "is" if len(differing) == 1 else "are"
+        raise _damaged(cache, f"{_listed(differing)} {verb} not what was written", differing)
     if content_hash(cache.records) != cache.fingerprint:
         raise _damaged(cache, "the hash in 'index.json' is not that of the shards", [])
     infinite = list(_not_finite(cache))
     if infinite:
         names = sorted({name for name, _ in infinite})
-        what = f"{len(infinite)} latents in {_listed(names)} not finite, the first is that of image {infinite[0][1]}"
+        verb = "holds" if len(names) == 1 else "hold"
+        what = f"{_listed(names)} {verb} latents that are not finite, the first is that of image {infinite[0][1]}"
         raise _damaged(cache, what, names)
     computed = measure(cache.folder, cache.identity, cache.records)
     if not _close(read_statistics(cache.folder, cache.identity), computed):
@@ -82,17 +84,15 @@ def _close(kept: NDArray[np.float64], computed: NDArray[np.float64]) -> bool:
 
 
 def _listed(names: Sequence[str]) -> str:
-    shown = [f"'{name}'" for name in names[:3]]
-    if len(names) > 3:
-        shown.append(f"{len(names) - 3} more files")
-    if len(shown) == 1:
-        return f"{shown[0]} is"
-    return f"{', '.join(shown[:-1])} and {shown[-1]} are"
+    # All of them, however many: they have to be deleted.
+    *first, last = [f"'{name}'" for name in names]
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _damaged(cache: LatentCache, what: str, files: Sequence[str]) -> DataError:
-    these = " and 'index.json'" if files else "'index.json'"
-    these = ("that file" if len(files) == 1 else "these files" if files else "") + these
+    these = "'index.json'"
+    if files:
+        these = f"{'that file' if len(files) == 1 else 'these files'} and {these}"
     return DataError(
         f"The latent cache '{cache.folder}' is damaged: {what}; delete {these} and run the same command without "
         "--check: only what is missing is made anew."

@@ -133,9 +133,9 @@ class LatentCache:
             self.fingerprint: str = index["hash"]
             self._shard_size: int = index["shard_size"]
             self.records: list[dict[str, Any]] = index["shards"]
-            self.files: dict[str, dict[str, Any]] = dict(index["files"])
-            for record in self.records:
-                self.files |= record["files"]
+            self.files: dict[str, dict[str, Any]] = {}
+            for part in [*self.records, index]:
+                self.files |= part["files"]
             moments = np.array([index["statistics"]["mean"], index["statistics"]["variance"]], dtype=np.float64)
             broken = [record["start"] + local for record in self.records for local in record["broken"]]
         except (KeyError, TypeError, ValueError, ConfigError) as error:
@@ -294,13 +294,14 @@ def draw_latents(mean: Tensor, logvar: Tensor, seeds: Sequence[int]) -> Tensor:
         seeds: B seeds; ε of a row depends on its own alone.
 
     Returns:
-        B×d×h×w.
+        B×d×h×w float32.
     """
-    noise = torch.empty_like(mean, memory_format=torch.contiguous_format)
+    out = torch.empty(mean.shape)
     generator = torch.Generator()
-    for row, seed in zip(noise, seeds, strict=True):
-        row.normal_(generator=generator.manual_seed(seed))
-    return (logvar * 0.5).exp_().mul_(noise).add_(mean)
+    # Row by row throughout: a latent stays in the processor's cache, a batch does not.
+    for row, centre, spread, seed in zip(out, mean, logvar, seeds, strict=True):
+        row.normal_(generator=generator.manual_seed(seed)).mul_((spread * 0.5).exp_()).add_(centre)
+    return out
 
 
 def shard_count(count: int, shard_size: int) -> int:

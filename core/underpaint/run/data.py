@@ -295,7 +295,7 @@ def _stored(posterior: Posterior, config: LatentsConfig, indices: Sequence[int],
     if posterior.logvar is None:
         raise ConfigError(
             f"latents.store is '{config.store}', and this tokenizer's latents are points without a variance; use "
-            "latents.store=mode."
+            "latents.store=mode, or --store mode with 'underpaint encode'."
         )
     mean, logvar = posterior.mean.float().cpu(), posterior.logvar.float().cpu()
     if config.store == "posterior":

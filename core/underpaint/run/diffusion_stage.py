@@ -32,7 +32,7 @@ from underpaint.training.latent_batches import LatentBatch, latent_batches
 from underpaint.training.loop import LoopResult
 from underpaint.training.ranks import Ranks
 
-__all__ = ["run_diffusion_stage"]
+__all__ = ["latent_images", "run_diffusion_stage"]
 
 _PARTS = ("backbone.", "conditioner.")
 
@@ -94,7 +94,7 @@ def run_diffusion_stage(session: Session, tokenizer: Tokenizer, cache: LatentCac
     def batches(start: int, micro_batches: int) -> Iterator[LatentBatch]:
         images = None
         if with_images:
-            images = _images(session.data, samples, config.batch, seed, start, micro_batches, ranks)
+            images = latent_images(session.data, samples, config.batch, seed, start, micro_batches, ranks)
         return latent_batches(
             cache,
             accepts=conditioner.accepts,
@@ -159,7 +159,7 @@ def _companion(config: ComponentConfig | None, device: torch.device) -> Encoder 
     return encoder.to(device).eval().requires_grad_(False)
 
 
-def _images(
+def latent_images(
     data: RunData, samples: NDArray[np.int64], batch: int, seed: int, start: int, accumulation: int, ranks: Ranks
 ) -> Iterator[Batch]:
     """Return the images of the latents, as they were encoded.

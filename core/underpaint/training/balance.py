@@ -41,18 +41,20 @@ class Share:
 
 
 def detached(reconstruction: Reconstruction | None) -> Reconstruction:
-    """Return the images as leaves of a new graph."""
+    """Return the images as the start of a new graph."""
     assert reconstruction is not None
-    return Reconstruction(
-        reconstruction.image.detach().requires_grad_(True),
-        tuple(image.detach().requires_grad_(True) for image in reconstruction.pyramid),
-    )
+    return Reconstruction(_start(reconstruction.image), tuple(_start(image) for image in reconstruction.pyramid))
+
+
+def _start(image: Tensor) -> Tensor:
+    # A view of the leaf: the FLOP counter hooks what modules are given, and autograd.grad refuses hooks on leaves.
+    return image.detach().requires_grad_(True).view_as(image)
 
 
 def balanced(
     shares: Sequence[Share],
     live: Reconstruction,
-    leaves: Reconstruction,
+    copied: Reconstruction,
     layers: Mapping[str, nn.Parameter],
     average: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -61,7 +63,7 @@ def balanced(
     Args:
         shares: The losses.
         live: The reconstruction as the model made it.
-        leaves: Its copy that image losses were computed from.
+        copied: Its copy, by `detached`, that image losses were computed from.
         layers: The weight that each part is measured at.
         average: Averages a gradient over the ranks, so that all of them use the same factor.
 
@@ -69,7 +71,7 @@ def balanced(
         The total, whose gradient is that of the weighted sum, and the factors by loss.
     """
     outputs = (live.image, *live.pyramid)
-    inputs = (leaves.image, *leaves.pyramid)
+    inputs = (copied.image, *copied.pyramid)
     pictures = {share.key: _image_gradients(share.value, inputs) for share in shares if share.judges_images}
     reference = _sum([_scaled(pictures[share.key], share.weight) for share in shares if share.is_reference])
 

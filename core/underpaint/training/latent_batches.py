@@ -81,6 +81,7 @@ def latent_batches(
         )
     order = Order(len(cache), seed)
     flip = cache.identity.flip
+    draws = cache.identity.store == "posterior"
     size = batch // parts
 
     def produce() -> Iterator[LatentBatch]:
@@ -92,8 +93,10 @@ def latent_batches(
                 positions = range(step * batch + first, step * batch + first + size)
                 indices = order.indices(positions)
                 flips = np.array([sample_seed(seed, position) % 2 == 1 for position in positions]) if flip else None
+                # Another seed than that of the flip, or one would tell of the other.
+                seeds = [sample_seed(seed, position, 1) for position in positions] if draws else None
                 yield LatentBatch(
-                    cache.standardise(cache.read(indices, flips)),
+                    cache.standardise(cache.read(indices, flips, seeds)),
                     _inputs(cache, indices, accepts),
                     slice(first, first + size),
                     None if pictures is None else _pictures(pictures[micro], cache, indices, samples, flips),

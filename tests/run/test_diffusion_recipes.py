@@ -1,0 +1,150 @@
+"""Recipes that train diffusion on a finished tokenizer: their settings, and that the small ones run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import attrs
+import pytest
+import torch
+
+import underpaint
+from underpaint.config.recipe import apply_overrides, plain_recipe, recipe_from_plain
+from underpaint.config.schema import ComponentConfig, DiffusionConfig, Recipe
+from underpaint.models.build import build_tokenizer
+from underpaint.models.folders import save_tokenizer
+from underpaint.models.generator import Generator
+from underpaint.run.pipeline import run_recipe
+from underpaint.run.recipes import load_recipe
+from underpaint.training.log import read_rows
+
+LARGE = [
+    "lightningdit-64",
+    "lightningdit-800",
+    "rae-ditdh",
+    "sit",
+    "repa",
+    "vfm-vae-reg",
+    "vfm-vae-lightningdit",
+]
+SMALL = {
+    "lightningdit-small": "aligntok-small",
+    "rae-ditdh-small": "rae-small",
+    "sit-small": "kl-vae-small",
+    "repa-small": "kl-vae-small",
+    "vfm-vae-reg-small": "vfm-vae-small",
+    "vfm-vae-lightningdit-small": "vfm-vae-small",
+}
+
+
+def diffusion(recipe: Recipe) -> DiffusionConfig:
+    assert recipe.diffusion is not None
+    return recipe.diffusion
+
+
+@pytest.mark.parametrize("name", [*LARGE, *SMALL])
+def test_a_tokenizer_is_named_and_none_is_trained(name: str) -> None:
+    recipe = load_recipe(f"recipe:{name}")
+    assert recipe.name == name
+    assert recipe.stages == ()
+    assert recipe.tokenizer.load is not None
+
+
+@pytest.mark.parametrize(("name", "tokenizer"), SMALL.items())
+def test_small_ones_load_what_another_recipe_leaves(name: str, tokenizer: str) -> None:
+    recipe = load_recipe(f"recipe:{name}")
+    assert recipe.tokenizer.load == f"runs/{tokenizer}/tokenizer"
+    assert recipe.data.size == load_recipe(f"recipe:{tokenizer}").data.size == 64
+
+
+EPOCH = 1_281_167 // 1024
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "qk_norm", "scale", "interval"),
+    [
+        ("lightningdit-64", 64, False, 10.0, (0.0, 0.9)),
+        ("lightningdit-800", 800, True, 6.7, (0.0, 0.875)),
+        ("vfm-vae-lightningdit", 560, True, 4.0, (0.0, 0.875)),
+    ],
+)
+def test_lightningdit_as_published(
+    name: str, epochs: int, qk_norm: bool, scale: float, interval: tuple[float, float]
+) -> None:
+    # aligntok.md §5.2 and §5.3; vfm_vae.md §7.1.
+    recipe = load_recipe(f"recipe:{name}")
+    config, guidance, sampler = diffusion(recipe), recipe.evaluation.guidance, recipe.evaluation.sampler
+    assert config.steps == pytest.approx(epochs * EPOCH, rel=2e-3)
+    assert config.backbone == ComponentConfig(name="lightningdit/XL-1", options={"qk_norm": qk_norm})
+    assert (config.batch, config.optimizer.lr, config.optimizer.betas) == (1024, 2e-4, (0.9, 0.95))
+    assert (config.ema, config.dropout, config.optimizer.clip) == (0.9999, 0.1, None)
+    assert config.time.uniform_from == (None if epochs == 64 else 600_000)
+    assert (guidance.scale, guidance.channels, guidance.interval) == (scale, 3, interval)
+    assert sampler.options["steps"] == 249
+    # 0.3·s / (1 − 0.7·s) in time from noise to data is this shift in ours: both move 0.5 to the same point.
+    shift = sampler.options["shift"]
+    assert 1 - shift * 0.5 / (1 + (shift - 1) * 0.5) == pytest.approx(0.3 * 0.5 / (1 - 0.7 * 0.5), abs=1e-4)
+
+
+def test_ditdh_as_published() -> None:
+    # rae.md §3.
+    recipe = load_recipe("recipe:rae-ditdh")
+    config = diffusion(recipe)
+    assert (config.steps, config.batch, config.ema) == (80 * EPOCH, 1024, 0.9995)
+    assert (config.optimizer.lr, config.optimizer.betas, config.optimizer.clip) == (2e-4, (0.9, 0.95), 1.0)
+    assert (config.time.distribution, config.time.range, config.time.shift) == ("logit-normal", (0.0, 0.999), "latent")
+    assert recipe.evaluation.sampler.options == {"steps": 49, "shift": "latent"}
+    assert recipe.evaluation.labels == "balanced"
+    assert recipe.engine.precision == "fp32"
+
+
+def test_reg_as_published() -> None:
+    # vfm_vae.md §6 and §7.2.
+    recipe = load_recipe("recipe:vfm-vae-reg")
+    config = diffusion(recipe)
+    assert {loss.name: loss.weight for loss in config.losses} == {"velocity": 1.0, "repa": 0.5, "companion": 0.03}
+    assert config.losses[1].options == {"encoder": "dinov2-b"}
+    assert config.companion == ComponentConfig(name="dinov2-b")
+    assert config.backbone.options == {"companion": 768, "qk_norm": True, "qk_norm_type": "layer"}
+    assert config.steps == pytest.approx(640 * EPOCH, rel=2e-3)
+    assert (config.time.distribution, config.path, config.optimizer.clip) == ("uniform", "linear", 1.0)
+    guidance = recipe.evaluation.guidance
+    assert (guidance.scale, guidance.channels, guidance.interval) == (4.0, None, (0.0, 0.8))
+
+
+def test_repa_as_published() -> None:
+    config = diffusion(load_recipe("recipe:repa"))
+    assert {loss.name: loss.weight for loss in config.losses} == {"velocity": 1.0, "repa": 0.5}
+    assert (config.steps, config.batch, config.optimizer.lr) == (400_000, 256, 1e-4)
+    assert (config.optimizer.betas, config.optimizer.clip, config.ema) == ((0.9, 0.999), 1.0, 0.9999)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "tokenizer"), SMALL.items())
+def test_small_ones_run(name: str, tokenizer: str, tmp_path: Path) -> None:
+    save_tokenizer(build_tokenizer(load_recipe(f"recipe:{tokenizer}").tokenizer, 0).eval(), tmp_path / "tokenizer")
+    overrides = [
+        f"tokenizer.load={tmp_path / 'tokenizer'}",
+        "data.train.length=40",
+        "data.workers=0",
+        "data.holdout=0.2",
+        "latents.batch=8",
+        "diffusion.steps=3",
+        "diffusion.batch=4",
+        "evaluation.images=4",
+        "evaluation.batch=2",
+        "evaluation.show=2",
+        "evaluation.sampler.steps=2",
+        "engine.device=cpu",
+        "engine.log_every=1",
+    ]
+    recipe = recipe_from_plain(apply_overrides(plain_recipe(load_recipe(f"recipe:{name}")), overrides))
+    run_recipe(recipe, tmp_path / "run")
+    rows = read_rows(tmp_path / "run" / "stages" / "diffusion" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert {loss.name for loss in diffusion(recipe).losses} <= rows[0].keys()
+    generator = underpaint.load(tmp_path / "run")
+    assert isinstance(generator, Generator)
+    assert generator.settings.guidance == recipe.evaluation.guidance
+    how = attrs.evolve(generator.settings, sampler=ComponentConfig(name="euler", options={"steps": 2}))
+    assert generator.sample(torch.tensor([0, 1]), seeds=[0, 1], settings=how).shape == (2, 3, 64, 64)
