@@ -60,7 +60,7 @@ def read(folder: Path, rank: int, world_size: int, arguments: argparse.Namespace
     for indices in np.array_split(np.arange(len(cache)), -(-len(cache) // arguments.batch)):
         cache.read(indices, seeds=range(len(indices)))  # into the page cache
     start.wait()
-    begin = time.perf_counter()
+    begin, worked = time.perf_counter(), time.process_time()
     count, step = 0, rank
     while time.perf_counter() - begin < arguments.seconds:
         positions = range(step * arguments.batch, (step + 1) * arguments.batch)
@@ -70,11 +70,11 @@ def read(folder: Path, rank: int, world_size: int, arguments: argparse.Namespace
         cache.labels(indices)
         count += len(indices)
         step += world_size
-    results.put(count / (time.perf_counter() - begin))
+    results.put((count / (time.perf_counter() - begin), count / (time.process_time() - worked)))
 
 
-def measured(folder: Path, processes: int, arguments: argparse.Namespace) -> float:
-    """Return the samples per second of some processes together."""
+def measured(folder: Path, processes: int, arguments: argparse.Namespace) -> tuple[float, float]:
+    """Return samples per second of some processes together, and per second of one core, whatever else it had to do."""
     context = multiprocessing.get_context("spawn")
     start, results = context.Barrier(processes), context.Queue()
     readers = [
@@ -83,10 +83,10 @@ def measured(folder: Path, processes: int, arguments: argparse.Namespace) -> flo
     ]
     for reader in readers:
         reader.start()
-    total = sum(float(results.get(timeout=600)) for _ in readers)
+    rates = np.array([results.get(timeout=600) for _ in readers])
     for reader in readers:
         reader.join()
-    return total
+    return float(rates[:, 0].sum()), float(rates[:, 1].mean())
 
 
 def machine() -> dict[str, Any]:
@@ -137,16 +137,18 @@ def main() -> None:
         write(Path(folder), arguments)
         record["write_samples_per_second"] = round(arguments.count / (time.perf_counter() - begin))
         for processes in arguments.processes:
-            rate = measured(Path(folder), processes, arguments)
+            rate, per_core = measured(Path(folder), processes, arguments)
             row = {
                 "processes": processes,
                 "samples_per_second": round(rate),
                 "gb_per_second": round(rate * size / 1e9, 3),
+                "samples_per_core_second": round(per_core),
+                "load": round(os.getloadavg()[0], 1),
             }
             record["rows"].append(row)
             print(
                 f"{processes} processes: {row['samples_per_second']:,} samples/s, {row['gb_per_second']} GB/s, "
-                f"{rate / TARGET:.1f} times the target",
+                f"{rate / TARGET:.1f} times the target; {row['samples_per_core_second']:,} per core second",
                 flush=True,
             )
     arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -96,10 +96,10 @@ def _download(model: str, tag: str) -> str:
         huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=_SECONDS)
         for file in files[:-1]:
             try:
-                return huggingface_hub.hf_hub_download(repository, file)
+                return str(huggingface_hub.hf_hub_download(repository, file))
             except huggingface_hub.errors.RemoteEntryNotFoundError:
                 continue
-        return huggingface_hub.hf_hub_download(repository, files[-1])
+        return str(huggingface_hub.hf_hub_download(repository, files[-1]))
     except Exception as error:
         if not _is_download_failure(error):
             raise

@@ -417,7 +417,7 @@ def test_pyramid_of_a_decoder_without_one_is_refused() -> None:
 def test_every_recipe_is_registered_under_the_name_of_its_file() -> None:
     registered = {r.name: r for r in registry().recipes() if r.plugin == "vfmvae"}
     assert {name: r.path for name, r in registered.items()} == {path.stem: path for path in RECIPES.glob("*.yaml")}
-    assert sorted(registered) == ["vfm-vae", "vfm-vae-small"]
+    assert {"vfm-vae", "vfm-vae-small"} <= registered.keys()
     assert all(r.summary for r in registered.values())
 
 

@@ -324,10 +324,16 @@ def evaluate(
     from underpaint.data.loader import ImagePass
     from underpaint.evaluation.measure import make_metrics, measure_generation
     from underpaint.evaluation.protocol import read_numbers, write_numbers
+    from underpaint.models.denoiser import Denoiser
     from underpaint.models.folders import load_folder
     from underpaint.models.generator import Generator
 
     found = load_folder(model).to(_pick(device))
+    if isinstance(found, Denoiser):
+        raise DataError(
+            f"'{model}' holds a diffusion model without its tokenizer; import it again with --tokenizer, and evaluate "
+            "that."
+        )
     tokenizer = found.tokenizer if isinstance(found, Generator) else found
     images = _open(data, tokenizer, size)
     numbers, _ = _reconstruction(tokenizer, images, count, batch, 1)

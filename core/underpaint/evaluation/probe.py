@@ -28,7 +28,7 @@ def nearest_neighbours(
     classes = int(torch.cat([labels, answers]).max()) + 1
     bank = F.normalize(features.float(), dim=1)
     right = 0
-    for query, answer in zip(queries.float().split(1024), answers.split(1024), strict=True):
+    for query, answer in zip(torch.split(queries.float(), 1024), torch.split(answers, 1024), strict=True):
         similarity, index = (F.normalize(query, dim=1) @ bank.T).topk(min(k, len(bank)), dim=1)
         votes = torch.zeros(len(query), classes, device=query.device)
         votes.scatter_add_(1, labels[index], (similarity / temperature).exp())

@@ -31,8 +31,8 @@ def notes(recipe: Recipe, data: RunData) -> list[str]:
         name = encoder.name
         if name == "tiny/vit":
             lines.append(
-                "The encoder tiny/vit is small and was trained without labels on 80,000 photographs of 64 px: its latents "
-                "mean something, and far less than those of dinov2-b, which gives what the papers measure."
+                "The encoder tiny/vit is small and was trained without labels on 80,000 photographs of 64 px: its "
+                "latents mean something, and far less than those of dinov2-b, which gives what the papers measure."
             )
         elif name.endswith("@random"):
             lines.append(

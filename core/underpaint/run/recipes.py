@@ -80,6 +80,8 @@ def _components(recipe: Recipe) -> Iterator[tuple[str, ComponentConfig | LossCon
     if recipe.diffusion is not None:
         yield "backbone", recipe.diffusion.backbone, "diffusion.backbone"
         yield "conditioner", recipe.diffusion.conditioner, "diffusion.conditioner"
+        if recipe.diffusion.companion is not None:
+            yield "encoder", recipe.diffusion.companion, "diffusion.companion"
         for position, loss in enumerate(recipe.diffusion.losses):
             yield "loss", loss, f"diffusion.losses[{position}]"
     evaluation = recipe.evaluation

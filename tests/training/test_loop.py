@@ -1,0 +1,87 @@
+"""What the loop logs, and where it ends."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from underpaint.config.schema import EngineConfig
+from underpaint.training.checkpoint import CheckpointStore
+from underpaint.training.engine import StepResult
+from underpaint.training.loop import LoopResult, train_loop
+from underpaint.training.ranks import Ranks
+from underpaint.training.signals import StopRequest
+
+# Of each micro-batch: a mean, and a sum with its count.
+TERMS = [
+    (1.0, [6.0, 2.0]),
+    (3.0, [0.0, 0.0]),
+    (5.0, [9.0, 1.0]),
+    (7.0, [0.0, 0.0]),
+    (9.0, [0.0, 0.0]),
+    (2.0, [4.0, 4.0]),
+]
+
+
+def run(
+    alone: Ranks, folder: Path, *, end: int | None = None, steps: int = 6, **config: Any
+) -> tuple[LoopResult, list[dict[str, Any]]]:
+    rows = []
+    terms = iter(TERMS)
+
+    def step_fn(batch: Any, step: int, micro: int) -> tuple[dict[str, Tensor], StepResult]:
+        scalar, pair = next(terms)
+        return {"loss": torch.tensor(scalar), "binned": torch.tensor(pair)}, StepResult(1.0, {"a": 0.1}, False, True)
+
+    def call(hook: str, **facts: Any) -> None:
+        if hook == "on_step_end":
+            rows.append({"step": facts["step"], **facts["scalars"]})
+
+    with StopRequest() as stop:
+        result = train_loop(
+            name="one",
+            batches=itertools.repeat(None),
+            step_fn=step_fn,
+            start=0,
+            steps=steps,
+            images_per_step=1,
+            flops_per_image=1.0,
+            peak=1.0,
+            config=EngineConfig(checkpoint_every=100, **config),
+            save=lambda place: (place / "file").write_text("x") and None,
+            store=CheckpointStore(folder, 2, alone, config_hash="c", plugins={}),
+            log=None,
+            ranks=alone,
+            stop=stop,
+            enough=lambda step: step == end,
+            call=call,
+        )
+    return result, rows
+
+
+def test_sums_are_divided_by_their_counts_and_left_out_without_any(alone: Ranks, tmp_path: Path) -> None:
+    _, rows = run(alone, tmp_path, log_every=2)
+    assert [(row["step"], row["loss"], row.get("binned")) for row in rows] == [
+        (2, 2.0, 3.0),
+        (4, 6.0, 9.0),
+        (6, 5.5, 1.0),
+    ]
+    _, rows = run(alone, tmp_path / "each", log_every=1)
+    assert [row.get("binned") for row in rows] == [3.0, None, 9.0, None, None, 1.0]
+
+
+def test_micro_batches_of_a_step_are_averaged(alone: Ranks, tmp_path: Path) -> None:
+    _, rows = run(alone, tmp_path, log_every=1, accumulation=3, steps=2)
+    assert [(row["loss"], row["binned"]) for row in rows] == [(pytest.approx(3.0), 5.0), (pytest.approx(6.0), 1.0)]
+
+
+def test_a_stage_that_may_end_is_logged_and_saved_there(alone: Ranks, tmp_path: Path) -> None:
+    result, rows = run(alone, tmp_path, end=3, log_every=2)
+    assert result.steps == 3
+    assert [(row["step"], row["loss"]) for row in rows] == [(2, 2.0), (3, 5.0)]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-0000003"]
