@@ -502,3 +502,9 @@ class Recipe:
             if stage.ema_ramp is not None and stage.ema is None:
                 raise ConfigError(f"{path}.ema_ramp is set, but ema is null; set ema to the decay it leads to.")
             seen.append(stage.name)
+        guidance = self.evaluation.guidance
+        if self.diffusion is not None and self.diffusion.dropout == 0.0 and guidance.scale != 1.0 and not guidance.weak:
+            raise ConfigError(
+                f"evaluation.guidance.scale is {guidance.scale}, and diffusion.dropout is 0, so the null condition "
+                "that it needs is never trained; set dropout to 0.1, or the scale to 1."
+            )

@@ -65,4 +65,8 @@ class Conditioner(nn.Module, Component, ABC):
 
     @abstractmethod
     def null(self, batch: int, device: torch.device) -> Condition:
-        """Return the unconditional condition for guidance, for a batch of that size."""
+        """Return the unconditional condition for guidance, for a batch of that size.
+
+        Raises:
+            NotImplementedError: There is none; guidance by it is refused then.
+        """

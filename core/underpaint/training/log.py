@@ -91,10 +91,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def _is_short(name: str) -> bool:
+    # Ten losses by tenths of the time would fill the line; they are in the file and the trackers.
+    return name not in _RATES and not name.startswith("loss_t/")
+
+
 def format_line(step: int, steps: int, values: Mapping[str, float]) -> str:
     """Return one plain log line: step, loss terms, learning rate, gradient norm, rates, time left."""
     parts = [f"{step}/{steps}"]
-    parts += [f"{name} {value:.4g}" for name, value in values.items() if name not in _RATES]
+    parts += [f"{name} {value:.4g}" for name, value in values.items() if _is_short(name)]
     shown = {
         "lr": "lr {:.2e}",
         "grad_norm": "|g| {:.3g}",
