@@ -78,7 +78,7 @@ def load(location: str | Path) -> Any:
 
     Args:
         location: Folder (or fsspec URL of one) with ``config.json`` and ``model.safetensors``; a run folder
-            gives its generator, or its tokenizer while it has no generator.
+            gives its generator, or its tokenizer while it has no generator, or that of its last finished stage.
 
     Returns:
         A `Tokenizer`, a `Generator`, or a `Denoiser` for a diffusion model without tokenizer, in evaluation mode on the

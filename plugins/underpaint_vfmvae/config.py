@@ -88,7 +88,7 @@ class PyramidConfig:
 
 
 def _siglip2_layers() -> dict[str, Any]:
-    return {"stride": 8, "embedding": True, "layers": (11, 23), "norm": "last", "interpolation": "bilinear"}
+    return {"stride": 8, "embedding": True, "layers": [11, 23], "norm": "last", "interpolation": "bilinear"}
 
 
 @attrs.frozen(kw_only=True)

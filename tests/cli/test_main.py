@@ -41,6 +41,7 @@ Commands:
   sample       Draw images from a generator.
   evaluate     Measure a tokenizer or a generator.
   report       Write the HTML report of a run folder again.
+  import       Read published weights of other projects.
   recipes      List and show the recipes that plugins ship.
   plugins      List, show, check and create plugins.
   doctor       Say what works on this machine.
@@ -100,7 +101,7 @@ stages: [{name: align, trains: [adapter, decoder], losses: [l1], steps: 1, batch
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("stages.align.stepz=3", "stages[0] has no key 'stepz'. Did you mean 'steps'?"),
+        ("stages.align.stepz=3", "stages[0] has no key 'stepz'. Did you mean 'steps'"),
         ("stages.align.steps=many", "stages[0].steps must be a whole number"),
         ("tokenizer.encoder=timmm/vit_base", "There is no encoder 'timmm/vit_base'"),
         ("tokenizer.decoder.bass=8", "tokenizer.decoder has no key 'bass'. Did you mean 'base'?"),

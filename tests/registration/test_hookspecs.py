@@ -119,6 +119,10 @@ def test_hook_register_trackers(make: Make, load: Load) -> None:
     _register("register_trackers", make, load)
 
 
+def test_hook_register_importers(make: Make, load: Load) -> None:
+    _register("register_importers", make, load)
+
+
 def test_hook_register_recipes(make: Make, load: Load) -> None:
     manager = load(
         make(

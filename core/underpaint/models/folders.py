@@ -12,6 +12,7 @@ from typing import Any
 
 import fsspec
 import torch
+import yaml
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -177,7 +178,7 @@ def load_folder(location: str | Path) -> Tokenizer | Generator | Denoiser:
     """Load a tokenizer, generator or denoiser; see `underpaint.load`."""
     place = _Place(str(location))
     if not place.has("config.json"):
-        for inner in ("generator", "tokenizer"):
+        for inner in ("generator", "tokenizer", *_stages(place)):
             if place.has(f"{inner}/config.json"):
                 return load_folder(place.join(inner))
         what = "has no config.json" if place.exists() else "does not exist"
@@ -207,6 +208,14 @@ def load_folder(location: str | Path) -> Tokenizer | Generator | Denoiser:
     )
 
 
+def _stages(place: _Place) -> list[str]:
+    """Return where the stages of an unfinished run put their tokenizers, the last first."""
+    if not place.has("config.yaml"):
+        return []
+    recipe = yaml.safe_load(place.read_text("config.yaml"))
+    return [f"stages/{stage['name']}/tokenizer" for stage in reversed(recipe.get("stages", []))]
+
+
 class _Place:
     """A local folder or an fsspec URL of one."""
 
@@ -232,6 +241,9 @@ class _Place:
             raise DataError(f"'{self.join(inner)}' cannot be read: {error}.") from error
         assert isinstance(data, bytes)
         return data
+
+    def read_text(self, inner: str) -> str:
+        return self._bytes(inner).decode()
 
     def read_json(self, inner: str) -> dict[str, Any]:
         try:

@@ -87,7 +87,7 @@ class RunData:
         if self.config.memory:
             yield from ResidentImages(
                 self.train,
-                transform=self.plain_crop(),
+                transform=attrs.evolve(self.train_crop(), flip=False),
                 indices=self.train_indices,
                 device=ranks.device,
                 batch=batch,
