@@ -476,4 +476,4 @@ def test_the_default_encoder_is_the_published_one() -> None:
     config = ImporterConfig()
     assert config.encoder == "timm/vit_large_patch16_siglip_512@v2_webli"
     assert config.options["stride"] == 8
-    assert config.options["layers"] == (11, 23)
+    assert config.options["layers"] == [11, 23]
