@@ -1,7 +1,8 @@
 """Measures encoders for small photographs, and packs the trained ``tiny/vit`` with its card.
 
     python benchmarks/tiny_encoder.py measure tiny/vit tiny/vit@random pixels --data FOLDER --out numbers.json
-    python benchmarks/tiny_encoder.py pack RUN --out weights --numbers numbers.json
+    python benchmarks/tiny_encoder.py pictures tiny/vit tiny/vit@random --data FOLDER --out patches.png
+    python benchmarks/tiny_encoder.py pack RUN --out tiny-vit.safetensors
 
 FOLDER holds training and validation files with labels, such as Tiny ImageNet as Parquet.
 """
@@ -26,6 +27,8 @@ from underpaint.data.order import Order
 from underpaint.data.sources import guess_dataset, open_dataset
 from underpaint.data.transforms import Crop, to_tensor
 from underpaint.evaluation.probe import linear_probe, nearest_neighbours
+from underpaint.report.pca import latent_pca
+from underpaint.report.pictures import contact_sheet, enlarge
 
 
 def load_images(data: str, size: int, train: int, validation: int, workers: int) -> dict[str, Tensor]:
@@ -114,6 +117,24 @@ def measure(args: argparse.Namespace) -> None:
         args.out.write_text(json.dumps(rows, indent=1) + "\n")
 
 
+@torch.inference_mode()
+def pictures(args: argparse.Namespace) -> None:
+    """Write validation images and, row by row, the principal components of their patch features.
+
+    Two rows for each encoder: images of the size given, and the same images enlarged to twice that.
+    """
+    images = load_images(args.data, args.size, 1, args.columns, 1)["validation"]
+    pixels = to_tensor(images)
+    side = 2 * args.size
+    rows = [enlarge(images.numpy(), side, side)]
+    for name in args.names:
+        encoder = underpaint.create("encoder", name).eval()
+        for scale in (1, 2):
+            seen = F.interpolate(pixels, scale_factor=scale, mode="bicubic", antialias=True).clamp(-1, 1)
+            rows.append(enlarge(latent_pca(encoder(seen).maps[-1].numpy()), side, side))
+    args.out.write_bytes(contact_sheet(np.concatenate(rows), args.columns))
+
+
 def pack(args: argparse.Namespace) -> None:
     """Write the encoder of a run as bf16 safetensors."""
     (folder,) = [stage / "tokenizer" for stage in (args.run / "stages").iterdir()]
@@ -137,6 +158,13 @@ def main() -> None:
     one.add_argument("--workers", type=int, default=2)
     one.add_argument("--out", type=Path)
     one.set_defaults(call=measure)
+    three = commands.add_parser("pictures")
+    three.add_argument("names", nargs="+")
+    three.add_argument("--data", required=True)
+    three.add_argument("--size", type=int, default=64)
+    three.add_argument("--columns", type=int, default=12)
+    three.add_argument("--out", type=Path, required=True)
+    three.set_defaults(call=pictures)
     two = commands.add_parser("pack")
     two.add_argument("run", type=Path)
     two.add_argument("--out", type=Path, required=True)

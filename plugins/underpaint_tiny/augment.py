@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["colours", "crops", "views"]
 
-_TO_YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
-_FROM_YIQ = tuple(tuple(row) for row in np.linalg.inv(np.array(_TO_YIQ)).tolist())
-_LUMA = (_TO_YIQ[0],) * 3
+_TO_YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]], device="cpu")
+_FROM_YIQ = torch.linalg.inv(_TO_YIQ.double()).float()
+_LUMA = _TO_YIQ[:1].expand(3, 3)
 
 
 @torch.no_grad()
-def views(images: Tensor, size: tuple[int, int], area: tuple[float, float]) -> Tensor:
-    """Return one random view of each image: crop, flip, colours.
+def views(images: Tensor, size: tuple[int, int], area: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    """Return one random view of each image (crop, flip, colours), and the boxes of `crops`.
 
     Args:
         images: B×3×H×W in [-1, 1].
@@ -26,11 +25,17 @@ def views(images: Tensor, size: tuple[int, int], area: tuple[float, float]) -> T
         area: Share of the image that a view shows, drawn evenly.
     """
     with torch.autocast(images.device.type, enabled=False):
-        return colours(crops(images.float(), size, area))
+        seen, boxes = crops(images.float(), size, area)
+        return colours(seen), boxes
 
 
-def crops(images: Tensor, size: tuple[int, int], area: tuple[float, float]) -> Tensor:
-    """Cut a random box of aspect ratio 3:4 to 4:3 out of each image, resize it bilinearly, and flip half of them."""
+def crops(images: Tensor, size: tuple[int, int], area: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    """Cut a random box of aspect ratio 3:4 to 4:3 out of each image, resize it bilinearly, and flip half of them.
+
+    Returns:
+        The views, and B×2×2 boxes: half the width and height, the width negative where the view is flipped, and the
+        centre, as x and y in an image that spans [-1, 1]. The point u of a view shows box[0]·u + box[1] of its image.
+    """
     count, device = len(images), images.device
     shares = torch.empty(count, device=device).uniform_(*area)
     ratio = torch.empty(count, device=device).uniform_(-math.log(4 / 3), math.log(4 / 3)).exp()
@@ -41,7 +46,8 @@ def crops(images: Tensor, size: tuple[int, int], area: tuple[float, float]) -> T
     zero = torch.zeros_like(x)
     theta = torch.stack([torch.stack([width * sign, zero, x], 1), torch.stack([zero, height, y], 1)], 1)
     grid = F.affine_grid(theta.to(images.dtype), [count, 3, *size], align_corners=False)
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    seen = F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    return seen, torch.stack([torch.stack([width * sign, height], 1), torch.stack([x, y], 1)], 1)
 
 
 def colours(images: Tensor) -> Tensor:
@@ -67,7 +73,7 @@ def colours(images: Tensor) -> Tensor:
     jittered = draw(0.0, 1.0) < 0.8
     matrix = torch.where(jittered, chroma * bright * contrast, identity)
     offset = torch.where(jittered, chroma @ ((1.0 - contrast) * mean), torch.zeros_like(mean))
-    luma = torch.tensor(_LUMA, device=device).expand(count, 3, 3)
+    luma = _LUMA.to(device, non_blocking=True).expand(count, 3, 3)
     grey = torch.where(draw(0.0, 1.0) < 0.2, luma, identity)
     flat = torch.baddbmm(grey @ offset, grey @ matrix, pixels.flatten(2)).clamp(0.0, 1.0)
     pixels = flat.view_as(pixels)
@@ -80,7 +86,8 @@ def colours(images: Tensor) -> Tensor:
 
 def _chroma(saturation: Tensor, angle: Tensor) -> Tensor:
     """Return the B×3×3 colour matrices that scale and turn the chroma plane of YIQ."""
-    to, back = (torch.tensor(rows, device=saturation.device) for rows in (_TO_YIQ, _FROM_YIQ))
+    # Not blocking: a wait for the device would cost every step more than the colours do.
+    to, back = (rows.to(saturation.device, non_blocking=True) for rows in (_TO_YIQ, _FROM_YIQ))
     cosine, sine = saturation * angle.cos(), saturation * angle.sin()
     zero, one = torch.zeros_like(cosine), torch.ones_like(cosine)
     rows = [

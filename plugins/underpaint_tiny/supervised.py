@@ -33,7 +33,8 @@ class Supervised(Loss):
         assert step.encoder is not None
         assert step.labels is not None
         height, width = step.inputs.shape[-2:]
-        pooled = step.encoder(views(step.inputs, (height, width), self._config.area)).pooled
+        seen, _ = views(step.inputs, (height, width), self._config.area)
+        pooled = step.encoder(seen).pooled
         assert pooled is not None
         scores = self.head(pooled).float()
         return {"supervised": F.cross_entropy(scores, step.labels, label_smoothing=self._config.smoothing)}
