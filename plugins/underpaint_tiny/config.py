@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import attrs
 from attrs import validators as v
 
@@ -21,8 +19,6 @@ class TinyViTConfig:
         depth: Number of blocks.
         heads: Attention heads.
         patch: Pixels of a patch, per side, which is also the stride; a power of 2.
-        stem: ``convolutions``, as the shipped weights have, or one ``linear`` map of each patch, whose random weights
-            are orthogonal and so keep the pixels.
         layers: Blocks whose outputs become the maps, in any order; negative counts from the last. Blocks after the
             deepest of them are not built.
     """
@@ -31,7 +27,6 @@ class TinyViTConfig:
     depth: int = attrs.field(default=6, validator=v.gt(0))
     heads: int = attrs.field(default=4, validator=v.gt(0))
     patch: int = attrs.field(default=8, validator=v.ge(2))
-    stem: Literal["convolutions", "linear"] = "convolutions"
     layers: tuple[int, ...] = (-1,)
 
     def __attrs_post_init__(self) -> None:

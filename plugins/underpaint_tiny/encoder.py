@@ -49,7 +49,6 @@ class TinyViT(Encoder):
         self.blocks = nn.ModuleList(_Block(config.width, config.heads) for _ in range(max(config.blocks) + 1))
         self.norm = nn.LayerNorm(config.width)
         self._depth = config.depth
-        self._linear = config.stem == "linear"
         self._initialise()
         licence, source = "Apache-2.0", f"random initialisation with seed {_SEED}"
         if weights is None:
@@ -91,14 +90,12 @@ class TinyViT(Encoder):
         for name, parameter in self.named_parameters():
             # On the CPU whatever the default device, so that the numbers depend on the seed alone.
             value = torch.zeros(parameter.shape, device="cpu")
-            if name == "stem.0.weight" and self._linear:
-                nn.init.orthogonal_(value, generator=generator)
-            elif parameter.ndim >= 2:
+            if parameter.ndim >= 2:
                 value.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
                 value *= residual if name.endswith(("attention_out.weight", "mlp_out.weight")) else 1.0
             elif name.endswith("weight"):
                 value.fill_(1.0)
-            if parameter.ndim == 4 and not self._linear:
+            if parameter.ndim == 4:
                 # The first tap of a row and a column lies in the neighbour's cell.
                 value[:, :, 0] *= 0.3
                 value[:, :, :, 0] *= 0.3
@@ -120,8 +117,6 @@ class TinyViT(Encoder):
 
 
 def _stem(config: TinyViTConfig) -> nn.Sequential:
-    if config.stem == "linear":
-        return nn.Sequential(nn.Conv2d(3, config.width, config.patch, config.patch))
     doublings = config.patch.bit_length() - 1
     widths = [3, *(config.width >> (doublings - 1 - level) for level in range(doublings))]
     steps: list[nn.Module] = []
