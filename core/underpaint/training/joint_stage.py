@@ -26,9 +26,9 @@ _EPS = 1e-4
 class LatentNorm(nn.Module):
     """Standardises latents that change while they are learned from: batch normalisation without learned scale.
 
-    In training each channel is standardised by the mean and variance of the batch, over all ranks, and these move a
-    running mean and variance along, which `running` uses. The first batch sets them. A batch that is not finite
-    leaves them alone.
+    In training each channel is standardised by the mean and variance of the micro-batch, over all ranks, and these
+    move a running mean and variance along, which `running` uses. The first batch sets them. A batch that is not
+    finite leaves them alone.
 
     Args:
         channels: Channels d of the latents.
