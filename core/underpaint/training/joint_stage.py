@@ -53,7 +53,7 @@ class LatentNorm(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LatentNorm:
         """Move the moments to another device, in the type they have: half of it would round each small change away."""
         before = (self.mean, self.variance)
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.mean, self.variance = (
             old.to(new.device) for old, new in zip(before, (self.mean, self.variance), strict=True)
         )
