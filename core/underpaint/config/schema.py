@@ -10,6 +10,7 @@ import attrs
 from attrs import validators as v
 
 from underpaint.config.diffusion import GuidanceConfig, PathName, Predicts, TimeConfig
+from underpaint.config.joint import check_joint
 from underpaint.errors import ConfigError, suggest
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "ComponentConfig",
     "CriticConfig",
     "DataConfig",
+    "DenoiserConfig",
     "DiffusionConfig",
     "EngineConfig",
     "EquivarianceConfig",
@@ -284,6 +286,36 @@ class StopConfig:
 
 
 @attrs.frozen(kw_only=True)
+class DenoiserConfig:
+    """A diffusion model that trains with the tokenizer of a stage, in the stage's steps (Leng et al. 2025, REPA-E).
+
+    The gradients of its losses stop at the latent. Those of its losses that read hidden states, such as ``repa``, are
+    alignments: they are computed a second time, with the model's weights held, for the encoder and the adapter alone.
+
+    Attributes:
+        backbone: Network. It and the conditioner are parts that ``optimizer.rates`` can name.
+        conditioner: Labels or texts to conditions.
+        losses: What the diffusion model minimises, an alignment among it.
+        alignment: Weight of the alignments for the tokenizer, in place of their own.
+        momentum: Share of the newest batch in the running mean and variance that the latents are standardised with.
+        time: Distribution of t.
+        path: Path between data and noise, as in ``diffusion``.
+        predicts: What the backbone's output is trained to be.
+        dropout: Share of samples that train the null condition, for guidance.
+    """
+
+    backbone: ComponentConfig
+    conditioner: ComponentConfig
+    losses: tuple[LossConfig, ...]
+    alignment: float = attrs.field(default=1.5, validator=_positive)
+    momentum: float = attrs.field(default=0.1, validator=v.and_(v.gt(0.0), v.le(1.0)))
+    time: TimeConfig = attrs.field(factory=TimeConfig)
+    path: PathName = "linear"
+    predicts: Predicts = "velocity"
+    dropout: float = attrs.field(default=0.1, validator=_fraction)
+
+
+@attrs.frozen(kw_only=True)
 class StageConfig:
     """One stage of tokenizer training.
 
@@ -301,6 +333,8 @@ class StageConfig:
         teacher: Earlier stage whose exported encoder and adapter, frozen, give the reference latents; ``start`` is the
             tokenizer that the recipe loads.
         equivariance: Equivariance regularisation; None for none.
+        denoiser: Diffusion model that trains with the tokenizer and aligns its latents; None for none. Optimizer and
+            averages are the stage's.
         stop: When to end early; None trains all steps.
     """
 
@@ -314,7 +348,15 @@ class StageConfig:
     ema_ramp: float | None = attrs.field(default=None, validator=_optional_positive)
     teacher: str | None = None
     equivariance: EquivarianceConfig | None = None
+    denoiser: DenoiserConfig | None = None
     stop: StopConfig | None = None
+
+    def diffusion(self) -> DiffusionConfig:
+        """Return the settings of the stage's diffusion model as those of a diffusion stage."""
+        assert self.denoiser is not None
+        shared = attrs.asdict(self.denoiser, recurse=False)
+        del shared["alignment"], shared["momentum"]
+        return DiffusionConfig(**shared, steps=self.steps, batch=self.batch, optimizer=self.optimizer, ema=self.ema)
 
 
 @attrs.frozen(kw_only=True)
@@ -359,6 +401,7 @@ class DiffusionConfig:
         dropout: Share of samples that train the null condition, for guidance.
         companion: Frozen encoder whose pooled features of the images are the companion, for backbones that have one;
             they are taken as the encoder gives them.
+        start: Stage whose denoiser is trained on, weights alone; None starts a new one.
     """
 
     backbone: ComponentConfig
@@ -373,6 +416,7 @@ class DiffusionConfig:
     predicts: Predicts = "velocity"
     dropout: float = attrs.field(default=0.1, validator=_fraction)
     companion: ComponentConfig | None = None
+    start: str | None = None
 
 
 @attrs.frozen(kw_only=True)
@@ -501,7 +545,16 @@ class Recipe:
                     raise ConfigError(f"{path}.trains names '{part}'. {suggest(part, parts)}")
             if stage.ema_ramp is not None and stage.ema is None:
                 raise ConfigError(f"{path}.ema_ramp is set, but ema is null; set ema to the decay it leads to.")
+            if stage.denoiser is not None:
+                check_joint(stage, path, self.engine)
             seen.append(stage.name)
+        joint = [stage.name for stage in self.stages if stage.denoiser is not None]
+        start = None if self.diffusion is None else self.diffusion.start
+        if start is not None and start not in joint:
+            raise ConfigError(
+                f"diffusion.start is '{start}', which is no stage that trains a denoiser; those that do: "
+                f"{', '.join(joint) or 'none'}."
+            )
         guidance = self.evaluation.guidance
         if self.diffusion is not None and self.diffusion.dropout == 0.0 and guidance.scale != 1.0 and not guidance.weak:
             raise ConfigError(

@@ -72,25 +72,25 @@ def build_generator_parts(
     classes: int,
     has_text: bool,
     seed: int,
+    path: str = "diffusion",
 ) -> tuple[Backbone, Conditioner]:
     """Make backbone and conditioner for a tokenizer's latents.
 
     Args:
-        config: The recipe's diffusion section.
+        config: The recipe's diffusion section, or that of a stage's denoiser.
         tokenizer: Whose latents are generated.
         grid: Height and width of the latents.
         classes: Classes of the data set, 0 when it has none.
         has_text: Whether its samples carry captions.
         seed: Seed of the random initialisation.
+        path: Where the settings stand in the recipe, for messages.
 
     Raises:
         ConfigError: The backbone does not fit the grid.
         DataError: The conditioner needs captions that the data set lacks.
     """
     torch.manual_seed(seed)
-    options = manager().catalogue.config(
-        "backbone", config.backbone.name, config.backbone.options, "diffusion.backbone"
-    )
+    options = manager().catalogue.config("backbone", config.backbone.name, config.backbone.options, f"{path}.backbone")
     width = getattr(options, "width", None)
     if not isinstance(width, int):
         raise ConfigError(f"The config of backbone '{config.backbone.name}' declares no width; its plugin must.")

@@ -23,6 +23,7 @@ from underpaint.models.generator import Generator, SamplingSettings
 from underpaint.models.tokenizer import Tokenizer
 from underpaint.registration.manager import manager
 from underpaint.run.data import RunData
+from underpaint.run.joint_stage import take_denoiser
 from underpaint.run.session import Session
 from underpaint.run.training import StagePlan, train_stage
 from underpaint.training.diffusion_stage import DiffusionModule, StepNoise, check_companion, diffusion_losses
@@ -84,6 +85,8 @@ def run_diffusion_stage(session: Session, tokenizer: Tokenizer, cache: LatentCac
     )
     losses = diffusion_losses(config, ranks.device, sizes)
     module = DiffusionModule(backbone, conditioner, losses, path=config.path, predicts=config.predicts).to(ranks.device)
+    if config.start is not None:
+        take_denoiser(session, config.start, module)
     noise = StepNoise(config, shape, seed, ranks.device, backbone.companion)
     with_images = companion is not None or "inputs" in losses.needs
     black = torch.zeros((1, *image, 3), dtype=torch.uint8) if with_images else None
@@ -177,10 +180,10 @@ def _first_input(accepts: str) -> Tensor | list[str]:
 
 def _facts(session: Session) -> dict[str, Any]:
     recipe = session.recipe
-    assert recipe.diffusion is not None
+    config = recipe.diffusion
+    assert config is not None
+    origin = "" if config.start is None else f", from where stage {config.start} left it"
     return {
         "title": f"{recipe.name}: generator",
-        "facts": [
-            f"{recipe.diffusion.backbone.name} trained for {recipe.diffusion.steps} steps of {recipe.diffusion.batch}."
-        ],
+        "facts": [f"{config.backbone.name} trained for {config.steps} steps of {config.batch}{origin}."],
     }

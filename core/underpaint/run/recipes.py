@@ -77,6 +77,11 @@ def _components(recipe: Recipe) -> Iterator[tuple[str, ComponentConfig | LossCon
     for index, stage in enumerate(recipe.stages):
         for position, loss in enumerate(stage.losses):
             yield "loss", loss, f"stages[{index}].losses[{position}]"
+        if stage.denoiser is not None:
+            yield "backbone", stage.denoiser.backbone, f"stages[{index}].denoiser.backbone"
+            yield "conditioner", stage.denoiser.conditioner, f"stages[{index}].denoiser.conditioner"
+            for position, loss in enumerate(stage.denoiser.losses):
+                yield "loss", loss, f"stages[{index}].denoiser.losses[{position}]"
     if recipe.diffusion is not None:
         yield "backbone", recipe.diffusion.backbone, "diffusion.backbone"
         yield "conditioner", recipe.diffusion.conditioner, "diffusion.conditioner"

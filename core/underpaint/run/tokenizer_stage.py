@@ -16,6 +16,7 @@ from underpaint.evaluation.measure import make_metrics, measure_reconstruction
 from underpaint.models.build import load_tokenizer
 from underpaint.models.folders import copy_tokenizer, save_tokenizer
 from underpaint.models.tokenizer import Tokenizer
+from underpaint.run.joint_stage import Partner
 from underpaint.run.session import Session
 from underpaint.run.training import StagePlan, train_stage
 from underpaint.training.critics import carry_critic
@@ -30,12 +31,14 @@ from underpaint.training.tokenizer_stage import TokenizerModule, check_teacher, 
 __all__ = ["run_tokenizer_stage"]
 
 _PARTS = ("encoder.", "adapter.", "decoder.")
+_JOINT = "tokenizer."
 
 
 def run_tokenizer_stage(session: Session, index: int, tokenizer: Tokenizer) -> LoopResult:
     """Train one tokenizer stage and export its result to ``stages/NAME/tokenizer``.
 
-    The parts that the stage does not train are exported bit by bit as they came in.
+    The parts that the stage does not train are exported bit by bit as they came in. A stage with a denoiser also
+    exports a generator, to ``stages/NAME/generator``.
 
     Args:
         session: The run.
@@ -61,12 +64,21 @@ def run_tokenizer_stage(session: Session, index: int, tokenizer: Tokenizer) -> L
             "layer that they are measured at; set engine.zero to 2 or less."
         )
     _take_heads(session, index, losses)
-    module = TokenizerModule(tokenizer.to(ranks.device), stage.trains, losses, teacher, stage.equivariance)
+    partner = None if stage.denoiser is None else Partner(session, index, tokenizer, sizes)
+    learner = TokenizerModule(
+        tokenizer.to(ranks.device),
+        stage.trains,
+        losses,
+        teacher,
+        stage.equivariance,
+        frozenset() if partner is None else frozenset({"latents"}),
+    )
+    module = learner if partner is None else partner.join(learner, tokenizer.latent_channels)
     blank = torch.randint(0, 256, (1, *sizes.image, 3), dtype=torch.uint8, device=ranks.device)
     label = torch.zeros(1, dtype=torch.int64, device=ranks.device) if has_labels else None
     # In evaluation mode, where no view is drawn and no buffer changes.
     module.eval()
-    flops = count_flops(module, lambda: module(blank, 0, label)[0])
+    flops = count_flops(module, lambda: module(blank, 0, label, *(partner.one() if partner else ()))[0])
     module.train()
 
     def batches(start: int, micro_batches: int) -> Iterator[Batch]:
@@ -76,13 +88,20 @@ def run_tokenizer_stage(session: Session, index: int, tokenizer: Tokenizer) -> L
     def forward(engine: Engine, batch: Batch, step: int, micro: int) -> tuple[Tensor, Mapping[str, Tensor], Any]:
         torch.manual_seed(seed + 7919 * step + 104729 * (micro * ranks.world_size + ranks.rank))
         labels = None if batch.labels is None else batch.labels.to(ranks.device, non_blocking=True)
-        loss, terms, shown = engine(batch.images.to(ranks.device, non_blocking=True), step, labels)
+        images = batch.images.to(ranks.device, non_blocking=True)
+        loss, terms, shown = engine(images, step, labels, *(partner.arguments(batch, step, micro) if partner else ()))
         return loss, terms, shown
 
     def export(state: dict[str, Tensor]) -> None:
-        result = copy_tokenizer(tokenizer, {name: t for name, t in state.items() if name.startswith(_PARTS)})
+        own = {name.removeprefix(_JOINT): t for name, t in state.items()}
+        result = copy_tokenizer(tokenizer, {name: t for name, t in own.items() if name.startswith(_PARTS)})
         result.about = _facts(session, index, stage)
-        export_heads(module.losses, state, session.folder.stage(stage.name) / "heads")
+        if any(part.partition(".")[0] != "decoder" for part in stage.trains):
+            # Those of the latents before the stage.
+            result.statistics = None
+        export_heads(learner.losses, own, session.folder.stage(stage.name) / "heads")
+        if partner is not None:
+            partner.export(state, result)
         # Last: a stage that has a tokenizer is finished.
         save_tokenizer(result, session.folder.stage(stage.name) / "tokenizer")
 
@@ -91,7 +110,7 @@ def run_tokenizer_stage(session: Session, index: int, tokenizer: Tokenizer) -> L
         StagePlan(
             name=stage.name,
             module=module,
-            compiled=[module.encoder, module.decoder],
+            compiled=[learner.encoder, learner.decoder, *(partner.blocks if partner else ())],
             parts=module.learning,
             optimizer=stage.optimizer,
             steps=stage.steps,
@@ -102,7 +121,7 @@ def run_tokenizer_stage(session: Session, index: int, tokenizer: Tokenizer) -> L
             batches=batches,
             forward=forward,
             adversaries=losses.adversaries,
-            stop_rule=lambda engine: _stop_rule(session, stage, module, engine),
+            stop_rule=lambda engine: _stop_rule(session, stage, learner, engine),
             export=export,
         ),
     )
@@ -170,7 +189,7 @@ def _stop_rule(session: Session, stage: StageConfig, module: TokenizerModule, en
 
 def _facts(session: Session, index: int, stage: StageConfig) -> dict[str, Any]:
     recipe = session.recipe
-    trained = [f"{s.name}: {' + '.join(s.trains)} for {_length(s)} of {s.batch}" for s in recipe.stages[: index + 1]]
+    trained = [f"{s.name}: {_what(s)} for {_length(s)} of {s.batch}" for s in recipe.stages[: index + 1]]
     return {
         "title": f"{recipe.name}: tokenizer after stage {stage.name}",
         "facts": [f"Trained on {session.data.facts()['train']} in stages: {'; '.join(trained)}."],
@@ -180,3 +199,8 @@ def _facts(session: Session, index: int, stage: StageConfig) -> dict[str, Any]:
 
 def _length(stage: StageConfig) -> str:
     return f"{stage.steps} steps" if stage.stop is None else f"up to {stage.steps} steps"
+
+
+def _what(stage: StageConfig) -> str:
+    partner = "" if stage.denoiser is None else f" with {stage.denoiser.backbone.name}"
+    return " + ".join(stage.trains) + partner

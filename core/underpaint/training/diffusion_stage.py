@@ -15,7 +15,7 @@ from underpaint.diffusion.paths import PATHS
 from underpaint.diffusion.times import sample_time
 from underpaint.errors import ConfigError
 from underpaint.interfaces.backbone import Backbone
-from underpaint.interfaces.conditioner import Conditioner
+from underpaint.interfaces.conditioner import Condition, Conditioner
 from underpaint.interfaces.encoder import Encoder
 from underpaint.interfaces.loss import StepSizes, StepTensors
 from underpaint.training.terms import WeightedLosses
@@ -75,8 +75,16 @@ class StepNoise:
         return self._drawn
 
 
-def diffusion_losses(config: DiffusionConfig, device: torch.device, sizes: StepSizes) -> WeightedLosses:
+def diffusion_losses(
+    config: DiffusionConfig, device: torch.device, sizes: StepSizes, path: str = "diffusion"
+) -> WeightedLosses:
     """Make the losses of diffusion training.
+
+    Args:
+        config: The settings.
+        device: Where they compute.
+        sizes: What the losses' own layers are built for.
+        path: Where the settings stand in the recipe, for messages.
 
     Raises:
         ConfigError: One of them needs what diffusion training does not have, or none of them trains the companion.
@@ -85,7 +93,7 @@ def diffusion_losses(config: DiffusionConfig, device: torch.device, sizes: StepS
     if config.companion is not None:
         available.add("companion_target")
     losses = WeightedLosses(
-        config.losses, available=frozenset(available), sizes=sizes, device=device, path="diffusion.losses"
+        config.losses, available=frozenset(available), sizes=sizes, device=device, path=f"{path}.losses"
     )
     if config.companion is not None and "companion_target" not in losses.needs:
         raise ConfigError(
@@ -182,9 +190,37 @@ class DiffusionModule(nn.Module):
         on: as sum and count, because a step may have no such time.
         """
         (losses,) = self._outside
+        tensors = self._tensors(x0, self.conditioner(inputs, drop), noise, t, step, images, companion)
+        total, terms = losses(tensors)
+        assert tensors.prediction is not None
+        assert tensors.target is not None
+        return total, terms | _by_time(tensors.prediction.velocity.detach(), tensors.target, t)
+
+    def alignment(
+        self, x0: Tensor, inputs: Tensor | Sequence[str], noise: Tensor, t: Tensor, step: int, images: Tensor
+    ) -> Tensor | None:
+        """Return the sum of the losses that read hidden states, without their weights; None where none counts.
+
+        See `forward` for the arguments. No condition is dropped, and none gets a gradient.
+        """
+        (losses,) = self._outside
+        with torch.no_grad():
+            condition = self.conditioner(inputs)
+        return losses.alignment(self._tensors(x0, condition, noise, t, step, images, None))
+
+    def _tensors(
+        self,
+        x0: Tensor,
+        condition: Condition,
+        noise: Tensor,
+        t: Tensor,
+        step: int,
+        images: Tensor | None,
+        companion: tuple[Tensor, Tensor] | None,
+    ) -> StepTensors:
+        (losses,) = self._outside
         dtype = next(self.backbone.parameters()).dtype
         x_t = self._path.mix(x0, noise, t)
-        condition = self.conditioner(inputs, drop)
         if companion is None:
             prediction = self.backbone(x_t.to(dtype), t, condition, losses.layers)
             prediction = attrs.evolve(prediction, velocity=prediction.velocity.float())
@@ -196,7 +232,7 @@ class DiffusionModule(nn.Module):
                 prediction, velocity=prediction.velocity.float(), companion=prediction.companion.float()
             )
             companion_target = self._path.quantity(self._predicts, *companion, t)
-        tensors = StepTensors(
+        return StepTensors(
             step=step,
             inputs=images,
             x0=x0,
@@ -207,9 +243,6 @@ class DiffusionModule(nn.Module):
             prediction=prediction,
             companion_target=companion_target,
         )
-        total, terms = losses(tensors)
-        assert tensors.target is not None
-        return total, terms | _by_time(prediction.velocity.detach(), tensors.target, t)
 
 
 def _by_time(output: Tensor, target: Tensor, t: Tensor) -> dict[str, Tensor]:

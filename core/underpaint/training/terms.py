@@ -52,6 +52,11 @@ class LossItem:
         fixed = self.config.adaptive is None and self.config.weight > 0.0
         return fixed and self.judges_images and not isinstance(self.loss, AdversarialLoss)
 
+    @property
+    def aligns(self) -> bool:
+        """Whether it compares hidden states of the backbone with something."""
+        return bool(self.loss.layers)
+
 
 class WeightedLosses:
     """The losses of a stage with their weights and windows.
@@ -157,6 +162,12 @@ class WeightedLosses:
         assert seen.reconstruction is not None
         loss, factors = balanced(shares, tensors.reconstruction, seen.reconstruction, layers, self._average)
         return loss, terms | {f"factor_{key}": factor for key, factor in factors.items()}
+
+    def alignment(self, tensors: StepTensors) -> Tensor | None:
+        """Return the sum of the alignments that count at a step, without their weights; None where none does."""
+        found = [item.loss(tensors) for item in self.items if item.aligns and item.counts(tensors.step)]
+        values = [value.float() for terms in found for value in terms.values()]
+        return torch.stack(values).sum() if values else None
 
 
 def _check(config: LossConfig, loss: Loss, available: frozenset[str], path: str) -> None:

@@ -19,7 +19,7 @@ from underpaint.models.tokenizer import Tokenizer
 from underpaint.training.equivariance import View, draw_view, resized, turned_latents
 from underpaint.training.terms import WeightedLosses
 
-__all__ = ["TokenizerModule", "check_teacher", "tokenizer_losses", "tokenizer_sizes"]
+__all__ = ["TokenizerModule", "check_teacher", "shown", "tokenizer_losses", "tokenizer_sizes"]
 
 _PARTS = ("encoder", "adapter", "decoder")
 _MADE = frozenset({"posterior", "latents", "reconstruction"})
@@ -92,6 +92,7 @@ class TokenizerModule(nn.Module):
         losses: Weighted losses.
         teacher: Frozen tokenizer whose latents are the reference, or None.
         equivariance: Equivariance regularisation, or None.
+        also: Fields of `StepTensors` that are needed beside those that the losses read.
 
     Attributes:
         learning: The modules that learn, by name; the heads of the losses are ``losses``.
@@ -107,6 +108,7 @@ class TokenizerModule(nn.Module):
         losses: WeightedLosses,
         teacher: Tokenizer | None = None,
         equivariance: EquivarianceConfig | None = None,
+        also: frozenset[str] = frozenset(),
     ) -> None:
         super().__init__()
         self.encoder = tokenizer.encoder
@@ -114,6 +116,7 @@ class TokenizerModule(nn.Module):
         self.decoder = tokenizer.decoder
         self.losses = losses.heads
         self._equivariance = equivariance
+        self._needs = losses.needs | also
         self._stride = tokenizer.stride
         self._outside: tuple[Any, ...] = (losses, None if teacher is None else teacher.eval().requires_grad_(False))
         for name in _PARTS:
@@ -156,10 +159,18 @@ class TokenizerModule(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor], StepTensors]:
         """Compute the loss of B×H×W×3 uint8 images.
 
-        Losses are computed in float32 whatever the precision of the parts.
-
         Returns:
             The weighted loss; its terms; what critics judge, images and reconstruction, detached.
+        """
+        total, terms, tensors = self.judge(pixels, step, labels)
+        return total, terms, shown(tensors)
+
+    def judge(
+        self, pixels: Tensor, step: int, labels: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor], StepTensors]:
+        """Compute the loss of B×H×W×3 uint8 images, and return all that it was computed from.
+
+        Losses are computed in float32 whatever the precision of the parts.
         """
         losses: WeightedLosses
         losses, teacher = self._outside
@@ -174,17 +185,17 @@ class TokenizerModule(nn.Module):
         tensors = StepTensors(step=step, inputs=inputs, images=inputs, labels=labels, encoder=self.encoder)
         encoder_learns, adapter_learns, _ = self._learns
         recording = torch.is_grad_enabled()
-        if losses.needs & (_MADE | {"features"}):
+        if self._needs & (_MADE | {"features"}):
             with torch.set_grad_enabled(encoder_learns and recording):
                 features = self.encoder(given)
             tensors.features = _float_features(features)
-            if losses.needs & _MADE:
+            if self._needs & _MADE:
                 with torch.set_grad_enabled((encoder_learns or adapter_learns) and recording):
                     posterior = self.adapter(features)
                     latents = posterior.sample() if self.training else posterior.mode()
                 tensors.posterior = _float_posterior(posterior)
                 tensors.latents = latents.float()
-                if "reconstruction" in losses.needs:
+                if "reconstruction" in self._needs:
                     made = self.decoder(turned_latents(latents, view))
                     tensors.reconstruction = Reconstruction(
                         made.image.float(), tuple(image.float() for image in made.pyramid)
@@ -196,12 +207,7 @@ class TokenizerModule(nn.Module):
                 tensors.reference_features = _float_features(reference)
                 tensors.reference_posterior = _float_posterior(teacher.adapter(reference))
         total, terms = losses(tensors, self._layers)
-        shown = StepTensors(step=step, images=tensors.images)
-        if tensors.reconstruction is not None:
-            shown.reconstruction = Reconstruction(
-                tensors.reconstruction.image.detach(), tuple(i.detach() for i in tensors.reconstruction.pyramid)
-            )
-        return total, terms, shown
+        return total, terms, tensors
 
     def _shrunk(self, images: Tensor, scale: float) -> Tensor:
         if scale == 1.0:
@@ -214,6 +220,13 @@ class TokenizerModule(nn.Module):
             return inputs
         # Quarter turns are drawn for square images only, so the sides need not change places.
         return torch.rot90(resized(images, *made.shape[-2:]), view.turns, (-2, -1))
+
+
+def shown(tensors: StepTensors) -> StepTensors:
+    """Return what critics judge of a step: images and reconstruction, detached."""
+    made = tensors.reconstruction
+    copy = None if made is None else Reconstruction(made.image.detach(), tuple(i.detach() for i in made.pyramid))
+    return StepTensors(step=tensors.step, images=tensors.images, reconstruction=copy)
 
 
 def _submodule(module: nn.Module, path: str) -> nn.Module:
