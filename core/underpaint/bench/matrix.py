@@ -46,8 +46,9 @@ class CellConfig:
     Attributes:
         name: Its name; the choices of the axes follow it, after dots.
         recipe: As ``underpaint train`` takes it: ``recipe:NAME`` or a YAML file.
-        overrides: ``key=value`` texts. ``tokenizer.load=cell:NAME`` takes the tokenizer of an earlier cell: of the one
-            with the same choices, where there are axes.
+        overrides: ``key=value`` texts. ``tokenizer.load=cell:NAME`` takes the tokenizer of an earlier cell; where axes
+            multiply that one, NAME stands for the cell with the same choices, and what they change under ``tokenizer``
+            and ``stages`` is changed there only.
         axes: Names of the axes that multiply it; None for all.
     """
 
@@ -102,6 +103,8 @@ class MatrixConfig:
                         f"axes.{axis} has the choice '{choice}', which cannot be part of a folder's name."
                     )
         for index, cell in enumerate(self.cells):
+            if any(other.name == cell.name for other in self.cells[:index]):
+                raise ConfigError(f"cells[{index}].name is '{cell.name}', as another's is; rename one.")
             for axis in cell.axes or ():
                 if axis not in self.axes:
                     raise ConfigError(
@@ -167,16 +170,11 @@ def resolve_cells(matrix: MatrixConfig, overrides: Sequence[str] = ()) -> list[C
     for line in matrix.cells:
         for choices in _choices(matrix, line):
             name = ".".join([line.name, *choices.values()])
-            changes = [*matrix.overrides, *line.overrides]
-            for axis, choice in choices.items():
-                changes += matrix.axes[axis][choice]
             try:
-                cell = _resolve(name, line, choices, [*changes, *overrides], cells)
+                cell = _resolve(name, line, choices, [*_changes(matrix, line, choices), *overrides], cells)
             except UnderpaintError as error:
                 raise type(error)(f"Cell '{name}' of matrix '{matrix.name}': {error}") from None
             for other in cells:
-                if other.name == name:
-                    raise ConfigError(f"Two cells of matrix '{matrix.name}' are called '{name}'; rename one.")
                 if other.identity == cell.identity:
                     raise ConfigError(
                         f"The cells '{other.name}' and '{name}' of matrix '{matrix.name}' are the same recipe; remove "
@@ -190,6 +188,18 @@ def _choices(matrix: MatrixConfig, line: CellConfig) -> Iterator[dict[str, str]]
     axes = [axis for axis in matrix.axes if line.axes is None or axis in line.axes]
     for choice in itertools.product(*(matrix.axes[axis] for axis in axes)):
         yield dict(zip(axes, choice, strict=True))
+
+
+def _changes(matrix: MatrixConfig, line: CellConfig, choices: Mapping[str, str]) -> list[str]:
+    """Return the overrides of a cell: of all, its own, those of its choices."""
+    changes = [*matrix.overrides, *line.overrides]
+    tokenizer = apply_overrides(read_recipe(line.recipe), changes).get("tokenizer")
+    load = tokenizer.get("load") if isinstance(tokenizer, dict) else None
+    loads = isinstance(load, str) and load.startswith(LOADS)
+    for axis, choice in choices.items():
+        # A loaded tokenizer was changed in its own cell; here it has no parts to change, nor stages.
+        changes += [o for o in matrix.axes[axis][choice] if not (loads and re.match(r"\s*(tokenizer|stages)\b", o))]
+    return changes
 
 
 def _resolve(
@@ -217,14 +227,14 @@ def _resolve(
 
 
 def _loaded(name: str, choices: Mapping[str, str], earlier: Sequence[Cell]) -> Cell:
-    """Return the earlier cell of a line, or of that name, whose choices are among these."""
-    found = [c for c in earlier if name in (c.line, c.name) and c.choices.items() <= choices.items()]
-    found = [c for c in found if c.name == name] or found
-    if len(found) == 1:
-        return found[0]
-    what = "no earlier cell with these choices" if not found else f"{len(found)} of the earlier cells"
-    hint = suggest(name, [c.line for c in earlier]) or "It is the first cell."
-    raise ConfigError(f"tokenizer.load is '{LOADS}{name}', and that is {what}. {hint}")
+    """Return the earlier cell of that name, or the one of that line whose choices are among these."""
+    for cell in earlier:
+        if cell.name == name or (cell.line == name and cell.choices.items() <= choices.items()):
+            return cell
+    hint = suggest(name, [cell.name for cell in earlier]) or "This is the first cell."
+    raise ConfigError(
+        f"tokenizer.load is '{LOADS}{name}', and no cell before this one is that, or has its choices. {hint}"
+    )
 
 
 def _hash(recipe: Recipe, without: Sequence[str]) -> str:
