@@ -102,18 +102,20 @@ def _run_cell(cell: Cell, out: Path, launcher: Sequence[str], stop: StopRequest)
     before = read_record(out, cell) or CellRecord(identity=cell.identity)
     trained = before.trained and before.identity == cell.identity
     record = CellRecord(identity=cell.identity, trained=trained, seconds=before.seconds, attempts=before.attempts + 1)
-    # Before the record, so that a finished record always stands beside the recipe that it speaks of.
-    write_atomically(folder / "config.yaml", dump_recipe(_placed(cell, out)))
+    # The record first, so that one that says finished never stands beside another recipe than its own.
     write_record(out, cell, record)
+    write_atomically(folder / "config.yaml", dump_recipe(_placed(cell, out)))
     commands = [] if trained else [_train(folder, launcher)]
     commands.append([*_MEASURE, str(folder)])
     start = time.monotonic()
     for command in commands:
         log, code = _call(command, folder / "cell.log", stop)
         record = attrs.evolve(record, seconds=round(before.seconds + time.monotonic() - start, 1))
+        if code and stop.requested:
+            record = attrs.evolve(record, state="interrupted", reason=f"interrupted by {stop.requested}")
+            break
         if code:
-            state = "interrupted" if stop.requested else "failed"
-            record = attrs.evolve(record, state=state, reason=_reason(code, log), log=tuple(log[-_TAIL:]))
+            record = attrs.evolve(record, state="failed", reason=_reason(code, log), log=tuple(log[-_TAIL:]))
             break
         record = attrs.evolve(record, trained=True, state="finished" if command is commands[-1] else "interrupted")
         if stop.requested:
