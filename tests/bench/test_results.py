@@ -41,7 +41,7 @@ def test_force_joins_protocols() -> None:
     assert len(column.protocols) == 2
 
 
-@pytest.mark.parametrize(("values", "best"), [((2.0, 2.0, 1.0), {"a", "b"}), ((2.0,), set())])
+@pytest.mark.parametrize(("values", "best"), [((2.0, 2.0, 1.0), {"a", "b"}), ((2.0, 2.0), set()), ((2.0,), set())])
 def test_equal_values_are_equally_good(values: tuple[float, ...], best: set[str]) -> None:
     (column,) = columns({row: [number(value)] for row, value in zip("abc", values, strict=False)})
     assert column.best == best

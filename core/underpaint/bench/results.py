@@ -171,7 +171,8 @@ def _best(values: Mapping[Any, Number]) -> frozenset[Any]:
         return frozenset()
     choose = max if directions == {True} else min
     best = choose(number.value for number in values.values())
-    return frozenset(row for row, number in values.items() if number.value == best)
+    rows = frozenset(row for row, number in values.items() if number.value == best)
+    return rows if len(rows) < len(values) else frozenset()
 
 
 # --------------------------------------------------------------------------------------------- as JSON
