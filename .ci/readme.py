@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 
 README = Path(__file__).parents[1] / "README.md"
-# What a reader must bring: published weights, a recipe of their own, eight GPUs, an environment to install into.
-NEEDS_MORE = ("my.yaml", "torchrun", "pip install -e", "underpaint import")
+# What a reader must bring: published weights, recipes of their own, GPUs, hours, an environment to install into.
+NEEDS_MORE = ("my.yaml", "torchrun", "pip install -e", "underpaint import", "underpaint bench")
 
 
 def commands() -> list[str]:

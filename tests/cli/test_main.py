@@ -41,6 +41,7 @@ Commands:
   sample       Draw images from a generator.
   evaluate     Measure a tokenizer or a generator.
   report       Write the HTML report of a run folder again.
+  bench        Run a matrix of recipes, and compare them in one report.
   import       Read published weights of other projects.
   recipes      List and show the recipes that plugins ship.
   plugins      List, show, check and create plugins.

@@ -1,37 +1,37 @@
-"""The shipped ablation matrices: every cell is a recipe that can be run, and no two are the same."""
+"""The shipped matrices: every cell is a recipe that can be run, and no two are the same."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import yaml
 
-from underpaint.config.recipe import plain_recipe
+from underpaint.bench.matrix import Cell, read_matrix, resolve_cells
 from underpaint.errors import ConfigError
 from underpaint.interfaces.loss import StepSizes
+from underpaint.registration.manager import manager
 from underpaint.run.recipes import load_recipe
 from underpaint.training.tokenizer_stage import tokenizer_losses
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "matrices"
+MATRICES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
-def cells(name: str) -> list[dict[str, Any]]:
-    plain = yaml.safe_load((FOLDER / name).read_text(encoding="utf-8"))
-    assert isinstance(plain, list)
-    return plain
+def cells(name: str) -> list[Cell]:
+    return resolve_cells(read_matrix(FOLDER / f"{name}.yaml"))
 
 
-ALIGNTOK = cells("aligntok-ablations.yaml")
-SMALL = [cell for cell in ALIGNTOK if cell["recipe"].endswith("-small")]
+ALIGNTOK = cells("aligntok-ablations")
+SMALL = [cell for cell in ALIGNTOK if cell.source.endswith("-small")]
 
 
-@pytest.mark.parametrize("cell", ALIGNTOK, ids=lambda cell: cell["name"])
-def test_every_cell_resolves(cell: dict[str, Any]) -> None:
-    assert cell.keys() == {"name", "recipe", "overrides"}
-    load_recipe(cell["recipe"], cell["overrides"])
+@pytest.mark.parametrize("name", MATRICES)
+def test_every_cell_resolves_and_no_two_are_the_same(name: str) -> None:
+    matrix = read_matrix(FOLDER / f"{name}.yaml")
+    assert matrix.name == name
+    assert matrix.about
+    assert len({cell.hash for cell in cells(name)}) == len(cells(name)) >= 5
 
 
 def test_a_cell_that_is_wrong_would_be_found() -> None:
@@ -39,29 +39,44 @@ def test_a_cell_that_is_wrong_would_be_found() -> None:
         load_recipe("recipe:aligntok-small", ["stages.perceive.losses.aligntok/semantic.distance=l3"])
 
 
-def test_no_two_cells_are_the_same() -> None:
-    assert len({cell["name"] for cell in ALIGNTOK}) == len(ALIGNTOK)
-    seen: list[dict[str, Any]] = []
-    for cell in ALIGNTOK:
-        plain = plain_recipe(load_recipe(cell["recipe"], cell["overrides"]))
-        assert plain not in seen, cell["name"]
-        seen.append(plain)
-
-
 def test_the_weights_of_the_paper_are_there() -> None:
     # aligntok.md §6.3: w_sp of 0, 1, 5 and 10.
     weights = set()
     for cell in ALIGNTOK:
-        if cell["recipe"] == "recipe:aligntok":
-            losses = {loss.name: loss for loss in load_recipe(cell["recipe"], cell["overrides"]).stages[1].losses}
+        if cell.source == "recipe:aligntok":
+            losses = {loss.name: loss for loss in cell.recipe.stages[1].losses}
             weights.add(losses["aligntok/semantic"].weight)
     assert weights == {0.0, 1.0, 5.0, 10.0}
 
 
+def test_every_small_tokenizer_is_compared_and_no_diffusion_trained() -> None:
+    shipped = {f"recipe:{recipe.name}" for recipe in manager().catalogue.recipes() if recipe.name.endswith("-small")}
+    tokenizers = {name for name in shipped if load_recipe(name).stages}
+    found = cells("tokenizers-small")
+    assert {cell.source for cell in found} == tokenizers
+    assert all(cell.recipe.diffusion is None for cell in found)
+
+
+def test_every_small_generator_shares_one_tokenizer_and_is_sampled_alike() -> None:
+    tokenizer, *others = cells("backbones-small")
+    assert {cell.loads for cell in others} == {tokenizer.name}
+    assert not any(cell.recipe.stages for cell in others)
+    families = {cell.recipe.diffusion.backbone.name.partition("/")[0] for cell in others if cell.recipe.diffusion}
+    assert families == {"lightningdit", "sit", "reg", "ditdh"}
+    first = others[0].recipe
+    for cell in others:
+        assert (cell.recipe.evaluation.sampler, cell.recipe.evaluation.guidance) == (
+            first.evaluation.sampler, first.evaluation.guidance,
+        )  # fmt: skip
+        assert (cell.recipe.evaluation.images, cell.recipe.evaluation.generation) == (
+            first.evaluation.images, first.evaluation.generation,
+        )  # fmt: skip
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("cell", SMALL, ids=lambda cell: cell["name"])
-def test_losses_of_every_small_cell_fit_their_stages(cell: dict[str, Any]) -> None:
-    recipe = load_recipe(cell["recipe"], cell["overrides"])
+@pytest.mark.parametrize("cell", SMALL, ids=lambda cell: cell.name)
+def test_losses_of_every_small_cell_fit_their_stages(cell: Cell) -> None:
+    recipe = cell.recipe
     sizes = StepSizes(
         image=(64, 64), latent_channels=recipe.tokenizer.latent_channels, grid=(8, 8), feature_channels=(256,)
     )

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.models.test_folders import make_generator
+from underpaint.bench.matrix import read_matrix, resolve_cells
 from underpaint.cli.main import main
 from underpaint.models.folders import save_generator
 
@@ -49,3 +50,11 @@ def test_shell_examples_name_commands_and_options_that_exist() -> None:
             assert command is not None, call
         known = {option for parameter in command.params for option in parameter.opts}
         assert {word for word in words if word.startswith("--")} <= known, call
+
+
+def test_matrices_resolve_to_what_is_said_of_them(tmp_path: Path) -> None:
+    (text,) = [text for language, text in BLOCKS if language == "yaml"]
+    (tmp_path / "matrix.yaml").write_text(text)
+    cells = resolve_cells(read_matrix(tmp_path / "matrix.yaml"))
+    loads = [cell.loads for cell in cells]
+    assert loads == [None, None, *["tokenizer.trained"] * 2, *["tokenizer.random"] * 2]

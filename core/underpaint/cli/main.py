@@ -29,6 +29,7 @@ _COMMANDS = {
     "sample": ("underpaint.cli.models:sample", "Draw images from a generator."),
     "evaluate": ("underpaint.cli.models:evaluate", "Measure a tokenizer or a generator."),
     "report": ("underpaint.cli.models:report", "Write the HTML report of a run folder again."),
+    "bench": ("underpaint.cli.bench:bench", "Run a matrix of recipes, and compare them in one report."),
     "import": ("underpaint.cli.importing:import_", "Read published weights of other projects."),
     "recipes": ("underpaint.cli.recipes:recipes", "List and show the recipes that plugins ship."),
     "plugins": ("underpaint.cli.plugins:plugins_group", "List, show, check and create plugins."),

@@ -55,8 +55,12 @@ def _parse(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)  # noqa: S506 - derived from SafeLoader
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, keys: str = "'data' and 'tokenizer'") -> dict[str, Any]:
     """Read a YAML mapping.
+
+    Args:
+        path: The file.
+        keys: Some of its keys, for the message when it holds something else.
 
     Raises:
         NotFoundError: There is no such file.
@@ -70,7 +74,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
             "and 'underpaint recipes list' shows them."
         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"The recipe file '{path}' cannot be read: {error}.") from error
+        raise ConfigError(f"'{path}' cannot be read: {error}.") from error
     try:
         value = _parse(text)
     except yaml.YAMLError as error:
@@ -78,7 +82,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         where = f" in line {mark.line + 1}" if mark is not None else ""
         raise ConfigError(f"'{path}' is not valid YAML{where}: {getattr(error, 'problem', error)}.") from error
     if not isinstance(value, dict):
-        raise ConfigError(f"'{path}' must hold a mapping with keys such as 'data' and 'tokenizer'.")
+        raise ConfigError(f"'{path}' must hold a mapping with keys such as {keys}.")
     return value
 
 

@@ -173,5 +173,7 @@ def _numbers(metrics: Sequence[Metric], facts: Mapping[str, Any], side: str) -> 
     for metric in metrics:
         for name, value in metric.compute().items():
             label = name if metric.paired else f"{side}{name[0].upper()}{name[1:]}" if name != "fid" else f"{side}FID"
-            numbers.append(Number(name=label, value=value, protocol={**facts, **metric.protocol()}))
+            protocol = {**facts, **metric.protocol()}
+            better = metric.higher_is_better
+            numbers.append(Number(name=label, value=value, protocol=protocol, higher_is_better=better))
     return numbers

@@ -63,6 +63,7 @@ class Number:
         value: The value; finite.
         protocol: How it was measured, as plain JSON values (tuples become lists).
         std: Standard deviation over repetitions, such as seeds; None when it was measured once.
+        higher_is_better: Which of two such values is the better one; None when neither is.
 
     Raises:
         DataError: The value is not finite, or the protocol holds something that JSON cannot.
@@ -72,6 +73,7 @@ class Number:
     value: float = attrs.field(converter=_float, validator=_finite)
     protocol: Mapping[str, Any] = attrs.field(converter=_plain_protocol, hash=False)
     std: float | None = attrs.field(default=None, converter=attrs.converters.optional(_float), validator=_finite)
+    higher_is_better: bool | None = None
 
     @property
     def id(self) -> str:
@@ -141,7 +143,15 @@ def write_numbers(path: str | Path, numbers: Iterable[Number]) -> None:
     """Write numbers to a JSON file, which is replaced as a whole or not at all."""
     target = Path(path)
     entries = [
-        {"name": n.name, "value": n.value, "std": n.std, "protocol_id": n.id, "protocol": n.protocol} for n in numbers
+        {
+            "name": n.name,
+            "value": n.value,
+            "std": n.std,
+            "higher_is_better": n.higher_is_better,
+            "protocol_id": n.id,
+            "protocol": n.protocol,
+        }
+        for n in numbers
     ]
     text = json.dumps({"format": _FORMAT, "numbers": entries}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -167,7 +177,13 @@ def read_numbers(path: str | Path) -> list[Number]:
 
 def _read_number(entry: Any, where: str) -> Number:
     try:
-        number = Number(name=entry["name"], value=entry["value"], protocol=entry["protocol"], std=entry["std"])
+        number = Number(
+            name=entry["name"],
+            value=entry["value"],
+            protocol=entry["protocol"],
+            std=entry["std"],
+            higher_is_better=entry.get("higher_is_better"),
+        )
         recorded = entry["protocol_id"]
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{where}, is not a number with its protocol ({error}); measure again.") from error

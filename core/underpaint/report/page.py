@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import attrs
-import jinja2
 import numpy as np
 import yaml
 from numpy.typing import NDArray
@@ -20,23 +17,14 @@ from underpaint.report.curves import curve_svg
 from underpaint.report.facts import RunFacts, StageFacts, read_run
 from underpaint.report.markdown import markdown
 from underpaint.report.pca import latent_pca
-from underpaint.report.pictures import contact_sheet, data_uri, enlarge
+from underpaint.report.pictures import contact_sheet, enlarge
+from underpaint.report.templates import picture, template
 from underpaint.report.words import MFU_CONVENTION, figure, protocol_lines, speed_cells, summary
 
 __all__ = ["write_report"]
 
 _OPEN = 36
 _SHEET_COLUMNS = 8
-_SMALL = 96
-
-
-@attrs.frozen
-class _Picture:
-    """An image with its caption; `sharp` when enlarging must not blur it."""
-
-    uri: str
-    caption: str
-    sharp: bool
 
 
 def write_report(run: Path) -> Path:
@@ -105,12 +93,12 @@ def _figure_files(
 
 def _html(facts: RunFacts, rows: Mapping[str, NDArray[np.uint8]], curves: Mapping[str, list[str]]) -> str:
     cards = [
-        [_picture(image, label) for label, image in zip(rows, images, strict=True)]
+        [picture(image, label) for label, image in zip(rows, images, strict=True)]
         for images in zip(*rows.values(), strict=True)
     ]
     names = facts.sample_names or [""] * (0 if facts.samples is None else len(facts.samples))
-    samples = [] if facts.samples is None else [_picture(i, n) for i, n in zip(facts.samples, names, strict=True)]
-    return _template().render(
+    samples = [] if facts.samples is None else [picture(i, n) for i, n in zip(facts.samples, names, strict=True)]
+    return template("template.html.j2").render(
         facts=facts,
         summary=summary(facts),
         cards=cards,
@@ -127,12 +115,6 @@ def _html(facts: RunFacts, rows: Mapping[str, NDArray[np.uint8]], curves: Mappin
         sessions=_sessions(facts.provenance),
         provenance=yaml.safe_dump(dict(facts.provenance), sort_keys=False, allow_unicode=True, width=100),
     )
-
-
-def _picture(image: NDArray[np.uint8], caption: str) -> _Picture:
-    # Large photographs would make a page too big to mail; the files beside it hold them without loss.
-    sharp = caption == "latent" or image.shape[1] <= _SMALL
-    return _Picture(data_uri(image, lossless=sharp), caption, sharp)
 
 
 def _bad_rows(stage: StageFacts) -> int:
@@ -164,12 +146,3 @@ def _time(value: Any) -> str:
         return datetime.fromisoformat(value).strftime("%Y-%m-%d %H:%M %Z").strip()
     except (TypeError, ValueError):
         return str(value or "")
-
-
-@functools.cache
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
-    return environment.get_template("template.html.j2")

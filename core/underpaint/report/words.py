@@ -8,7 +8,7 @@ from typing import Any
 
 from underpaint.report.facts import RunFacts, Speed, StageFacts
 
-__all__ = ["MFU_CONVENTION", "figure", "protocol_lines", "speed_cells", "summary"]
+__all__ = ["MFU_CONVENTION", "duration", "figure", "protocol_lines", "speed_cells", "summary"]
 
 MFU_CONVENTION = (
     "img/s: median over the log lines, warm-up left out. MFU: share of the peak FLOP/s of the machine, with "
@@ -55,7 +55,7 @@ def speed_cells(speed: Speed) -> list[str]:
         _NONE if speed.mfu is None else f"{100 * speed.mfu:.1f} %",
         _NONE if speed.data_wait is None else f"{100 * speed.data_wait:.1f} %",
         _NONE if speed.memory_gib is None else f"{speed.memory_gib:.2f} GiB",
-        _NONE if speed.seconds is None else _duration(speed.seconds),
+        _NONE if speed.seconds is None else duration(speed.seconds),
     ]
 
 
@@ -83,7 +83,8 @@ def _digits(value: float) -> str:
     return f"{value:,.{max(0, 4 - whole)}f}" if whole else f"{value:.4g}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return a time with its unit."""
     whole = round(seconds)
     if whole < 60:
         return f"{seconds:.1f} s"

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import attrs
 import numpy as np
 import torch
 
@@ -190,7 +191,7 @@ def _measured_reconstruction(
     )
     tokenizer.cpu()
     suffix = f" after {stage}" if stage else ""
-    named = [Number(name=f"{n.name}{suffix}", value=n.value, protocol=n.protocol) for n in numbers]
+    named = [attrs.evolve(n, name=f"{n.name}{suffix}") for n in numbers]
     _say(ranks, "  ".join(f"{n.name} {n.value:.4g}" for n in named))
     return named, shown
 

@@ -10,11 +10,14 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import attrs
 
 from underpaint.errors import RunLockedError
-from underpaint.training.ranks import Ranks
+
+if TYPE_CHECKING:
+    from underpaint.training.ranks import Ranks
 
 __all__ = ["RunLock"]
 

@@ -1,0 +1,1 @@
+"""Matrices: many recipes run one by one, and compared in one report."""

@@ -1,0 +1,76 @@
+"""Stands in for ``python -m`` in tests of the runner: a training, and what measures it, in a moment and without torch.
+
+What it does is read from ``behaviour.json`` in the folder of the matrix, by the name of the cell.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from underpaint.evaluation.protocol import Number, write_numbers
+
+
+def train(folder: Path, name: str, config: dict, does: str) -> None:
+    if does == "raise":
+        raise RuntimeError("CUDA out of memory. Tried to allocate 3 GiB")
+    if does == "exit":
+        print("a library said something")
+        os._exit(7)
+    if does == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    progress = folder / "progress"
+    if does == "slow" and not progress.exists():
+        signal.signal(signal.SIGTERM, lambda *_: (progress.write_text("half"), os._exit(143)))
+        (folder / "ready").touch()
+        time.sleep(60)
+    images = config["evaluation"]["images"]
+    value = float(len(name))
+    protocol = {"metric": "psnr", "images": images, "data": "scenes"}
+    numbers = [Number(name="psnr after align", value=value - 1, protocol=protocol, higher_is_better=True)]
+    numbers += [Number(name="psnr after perceive", value=value, protocol=protocol, higher_is_better=True)]
+    write_numbers(folder / "report" / "numbers.json", numbers)
+    (folder / "report" / "index.html").write_text("<p>run</p>")
+    (folder / "samples").mkdir(exist_ok=True)
+    originals = np.random.default_rng(0).integers(0, 255, (3, 8, 8, 3), dtype=np.uint8)
+    np.savez(folder / "samples" / "reconstructions.npz", originals=originals, reconstructions=originals // len(name))
+    stage = folder / "stages" / "align"
+    stage.mkdir(parents=True, exist_ok=True)
+    row = {"loss": 0.5, "images_per_second": 10.0, "memory_gib": 2.0, "seconds": 4.0}
+    (stage / "metrics.jsonl").write_text("".join(json.dumps({"step": i, **row}) + "\n" for i in (1, 2)))
+    machine = {"versions": {"torch": "2.x", "underpaint": "0"}, "machine": {"cpu_cores": 2}}
+    (folder / "provenance.json").write_text(json.dumps({**machine, "sessions": [{"ranks": 1, "device": "cpu"}]}))
+
+
+def measure(folder: Path, does: str) -> None:
+    if does == "raise in measure":
+        raise ValueError("no speed")
+    numbers = [Number(name="encoder, M parameters", value=1.5, protocol={})]
+    numbers += [Number(name="encode img/s", value=100.0, std=1.0, protocol={"batch": 32}, higher_is_better=True)]
+    write_numbers(folder / "report" / "bench.json", numbers)
+
+
+def main(arguments: list[str]) -> None:
+    folder = Path(arguments[-1])
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    top = folder.parents[1]
+    name = config["name"]
+    does = json.loads((top / "behaviour.json").read_text()).get(name, "ok")
+    with (top / "calls.txt").open("a") as calls:
+        calls.write(f"{'train' if arguments[0] == 'underpaint' else 'measure'} {name}\n")
+    if arguments[0] == "underpaint":
+        assert arguments[1:4] == ["train", str(folder / "config.yaml"), "--out"]
+        train(folder, name, config, does)
+    else:
+        measure(folder, does)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
