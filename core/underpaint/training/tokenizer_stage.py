@@ -229,7 +229,8 @@ def _submodule(module: nn.Module, path: str) -> nn.Module:
 
 def _float_features(features: Features) -> Features:
     pooled = None if features.pooled is None else features.pooled.float()
-    return Features(tuple(m.float() for m in features.maps), pooled)
+    tokens = None if features.class_tokens is None else tuple(token.float() for token in features.class_tokens)
+    return Features(tuple(m.float() for m in features.maps), pooled, tokens)
 
 
 def _float_posterior(posterior: Posterior) -> Posterior:
