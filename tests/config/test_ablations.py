@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from underpaint.config.recipe import plain_recipe
+from underpaint.config.schema import LoraConfig
 from underpaint.errors import ConfigError
 from underpaint.interfaces.loss import StepSizes
 from underpaint.run.recipes import load_recipe
@@ -56,6 +57,19 @@ def test_the_weights_of_the_paper_are_there() -> None:
             losses = {loss.name: loss for loss in load_recipe(cell["recipe"], cell["overrides"]).stages[1].losses}
             weights.add(losses["aligntok/semantic"].weight)
     assert weights == {0.0, 1.0, 5.0, 10.0}
+
+
+def test_low_rank_cells_adapt_the_encoder_in_the_second_stage_alone() -> None:
+    found = {
+        cell["name"]: [stage.lora for stage in load_recipe(cell["recipe"], cell["overrides"]).stages]
+        for cell in ALIGNTOK
+        if "lora" in cell["name"]
+    }
+    assert found.keys() == {"lora", "small-lora"}
+    for first, second, third in found.values():
+        assert first is None
+        assert third is None
+        assert second == LoraConfig(rank=16, alpha=16.0, parts=("encoder",))
 
 
 @pytest.mark.slow

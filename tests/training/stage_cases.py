@@ -15,6 +15,7 @@ from torch import Tensor
 from underpaint.config.schema import (
     EngineConfig,
     EquivarianceConfig,
+    LoraConfig,
     LossConfig,
     OptimizerConfig,
     StageConfig,
@@ -28,6 +29,7 @@ from underpaint.models.build import build_tokenizer
 from underpaint.models.tokenizer import Tokenizer
 from underpaint.training.critics import CriticTrainer
 from underpaint.training.engine import Engine
+from underpaint.training.lora import merged
 from underpaint.training.ranks import Ranks
 from underpaint.training.terms import WeightedLosses
 from underpaint.training.tokenizer_stage import TokenizerModule, tokenizer_losses, tokenizer_sizes
@@ -40,9 +42,11 @@ PATCHGAN = {"name": "critics/patchgan", "channels": 4, "layers": 2}
 ALONE = {"name": "critics/multiscale", "channels": 4, "layers": 2, "scales": 1, "virtual_batch": 1}
 
 
-def make_tokenizer(decoder: Mapping[str, Any] | None = None, adapter: Any = "aligntok/mlp") -> Tokenizer:
+def make_tokenizer(
+    decoder: Mapping[str, Any] | None = None, adapter: Any = "aligntok/mlp", encoder: Mapping[str, Any] | None = None
+) -> Tokenizer:
     plain = {
-        "encoder": {"name": "tiny/vit@random", **ENCODER},
+        "encoder": {"name": "tiny/vit@random", **ENCODER} if encoder is None else encoder,
         "adapter": adapter,
         "decoder": {"name": "ldm/decoder", **DECODER} if decoder is None else decoder,
         "latent_channels": 4,
@@ -220,5 +224,41 @@ def critic_steps(ranks: Ranks) -> dict[int, Any]:
         own = {name: p.detach().clone() for name, p in losses.adversaries[0].loss.critic.named_parameters()}
         results[zero] = (rows, own)
         critic.close()
+        engine.close()
+    return results
+
+
+def lora_engine(ranks: Ranks, zero: int) -> tuple[Engine, dict[str, Tensor]]:
+    """Make an engine whose encoder has low-rank pairs, one of its weights large enough for ZeRO 3 to partition.
+
+    Returns:
+        The engine, and the encoder's weights before.
+    """
+    plain = {"name": "tiny/vit@random", "width": 192, "depth": 1, "heads": 2}
+    tokenizer = make_tokenizer(encoder=plain)
+    frozen = {f"encoder.{name}": value.clone() for name, value in tokenizer.encoder.state_dict().items()}
+    module, _ = make_module(["l1"], tokenizer=tokenizer)
+    torch.manual_seed(5)
+    module.add_lora(LoraConfig(rank=3, alpha=6.0))
+    return make_engine(module, ranks, zero=zero, ema=0.5), frozen
+
+
+def lora_steps(engine: Engine, first: int, last: int) -> None:
+    for step in range(first, last):
+        torch.manual_seed(step)
+        loss, _, _ = engine(share(pixels(seed=step), engine.ranks), step)
+        engine.backward(loss)
+        assert engine.step().applied
+
+
+def lora_stages(ranks: Ranks) -> dict[int, Any]:
+    """Train three steps with low-rank pairs at ZeRO 0 to 3; the plain weights of the encoder's average."""
+    results = {}
+    for zero in range(4):
+        engine, _ = lora_engine(ranks, zero)
+        lora_steps(engine, 0, 3)
+        state = engine.state("ema")
+        plain = merged(engine.module, state) if ranks.is_main else {}
+        results[zero] = {name: value for name, value in plain.items() if name.startswith("encoder.")}
         engine.close()
     return results

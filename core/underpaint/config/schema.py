@@ -10,6 +10,7 @@ import attrs
 from attrs import validators as v
 
 from underpaint.config.diffusion import GuidanceConfig, PathName, Predicts, TimeConfig
+from underpaint.config.stages import LoraConfig
 from underpaint.errors import ConfigError, suggest
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "EvaluationConfig",
     "GuidanceConfig",
     "LatentsConfig",
+    "LoraConfig",
     "LossConfig",
     "OptimizerConfig",
     "Recipe",
@@ -300,6 +302,7 @@ class StageConfig:
             (StyleGAN's ramp; vfm_vae.md §4.4); None starts with `ema`.
         teacher: Earlier stage whose exported encoder and adapter, frozen, give the reference latents; ``start`` is the
             tokenizer that the recipe loads.
+        lora: Low-rank adaptation of parts that it trains; None trains their weights themselves.
         equivariance: Equivariance regularisation; None for none.
         stop: When to end early; None trains all steps.
     """
@@ -313,6 +316,7 @@ class StageConfig:
     ema: float | None = attrs.field(default=0.999, validator=_decay)
     ema_ramp: float | None = attrs.field(default=None, validator=_optional_positive)
     teacher: str | None = None
+    lora: LoraConfig | None = None
     equivariance: EquivarianceConfig | None = None
     stop: StopConfig | None = None
 
@@ -499,6 +503,8 @@ class Recipe:
             for part in stage.trains:
                 if part.partition(".")[0] not in parts:
                     raise ConfigError(f"{path}.trains names '{part}'. {suggest(part, parts)}")
+            if stage.lora is not None:
+                stage.lora.check(stage.trains, path)
             if stage.ema_ramp is not None and stage.ema is None:
                 raise ConfigError(f"{path}.ema_ramp is set, but ema is null; set ema to the decay it leads to.")
             seen.append(stage.name)

@@ -23,6 +23,7 @@ from underpaint.training.engine import Engine
 from underpaint.training.flops import count_flops
 from underpaint.training.heads import carry_heads, export_heads
 from underpaint.training.loop import LoopResult
+from underpaint.training.lora import merged
 from underpaint.training.stopping import StopRule
 from underpaint.training.terms import WeightedLosses
 from underpaint.training.tokenizer_stage import TokenizerModule, check_teacher, tokenizer_losses, tokenizer_sizes
@@ -68,6 +69,9 @@ def run_tokenizer_stage(session: Session, index: int, tokenizer: Tokenizer) -> L
     module.eval()
     flops = count_flops(module, lambda: module(blank, 0, label)[0])
     module.train()
+    if stage.lora is not None:
+        # After the count: the sums of the pairs are made once a step, not for every image.
+        module.add_lora(stage.lora)
 
     def batches(start: int, micro_batches: int) -> Iterator[Batch]:
         for batch in data.train_batches(stage.batch, seed=seed, start=start, accumulation=micro_batches, ranks=ranks):
@@ -80,7 +84,8 @@ def run_tokenizer_stage(session: Session, index: int, tokenizer: Tokenizer) -> L
         return loss, terms, shown
 
     def export(state: dict[str, Tensor]) -> None:
-        result = copy_tokenizer(tokenizer, {name: t for name, t in state.items() if name.startswith(_PARTS)})
+        plain = merged(module, state)
+        result = copy_tokenizer(tokenizer, {name: t for name, t in plain.items() if name.startswith(_PARTS)})
         result.about = _facts(session, index, stage)
         export_heads(module.losses, state, session.folder.stage(stage.name) / "heads")
         # Last: a stage that has a tokenizer is finished.
@@ -170,12 +175,18 @@ def _stop_rule(session: Session, stage: StageConfig, module: TokenizerModule, en
 
 def _facts(session: Session, index: int, stage: StageConfig) -> dict[str, Any]:
     recipe = session.recipe
-    trained = [f"{s.name}: {' + '.join(s.trains)} for {_length(s)} of {s.batch}" for s in recipe.stages[: index + 1]]
+    trained = [f"{s.name}: {_trained(s)} for {_length(s)} of {s.batch}" for s in recipe.stages[: index + 1]]
     return {
         "title": f"{recipe.name}: tokenizer after stage {stage.name}",
         "facts": [f"Trained on {session.data.facts()['train']} in stages: {'; '.join(trained)}."],
         "size": [session.data.config.height, session.data.config.width],
     }
+
+
+def _trained(stage: StageConfig) -> str:
+    lora = stage.lora
+    parts = (f"{p} (LoRA of rank {lora.rank})" if lora and p in lora.parts else p for p in stage.trains)
+    return " + ".join(parts)
 
 
 def _length(stage: StageConfig) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from underpaint.config.schema import EquivarianceConfig, StageConfig
+from underpaint.config.schema import EquivarianceConfig, LoraConfig, StageConfig
 from underpaint.data.transforms import to_tensor
 from underpaint.errors import ConfigError, DataError, suggest
 from underpaint.interfaces.adapter import Posterior
@@ -17,6 +17,7 @@ from underpaint.interfaces.encoder import Features
 from underpaint.interfaces.loss import StepSizes, StepTensors
 from underpaint.models.tokenizer import Tokenizer
 from underpaint.training.equivariance import View, draw_view, resized, turned_latents
+from underpaint.training.lora import add_pairs
 from underpaint.training.terms import WeightedLosses
 
 __all__ = ["TokenizerModule", "check_teacher", "tokenizer_losses", "tokenizer_sizes"]
@@ -126,6 +127,21 @@ class TokenizerModule(nn.Module):
         self._learns = [any(path.partition(".")[0] == name for path in trains) for name in _PARTS]
         self._layers: dict[str, nn.Parameter] = {at: self._last_layer(at) for at in losses.adaptive}
         self.train()
+
+    def add_lora(self, config: LoraConfig) -> None:
+        """Freeze the parts that are adapted, and give them low-rank pairs that learn in their place.
+
+        Raises:
+            ConfigError: A part has no such layers, or an adaptive weight is measured at one.
+        """
+        for name in config.parts:
+            add_pairs(self.learning[name], config, name)
+        for at, layer in self._layers.items():
+            if not layer.requires_grad:
+                raise ConfigError(
+                    f"An adaptive weight is measured at the last layer of the {at}, where with lora only pairs learn; "
+                    "give the loss a fixed weight, or leave the part out of lora.parts."
+                )
 
     def _last_layer(self, part: str) -> nn.Parameter:
         layer = getattr(self, part).last_layer()
