@@ -136,6 +136,29 @@ def test_a_loaded_engine_goes_on_bit_by_bit(alone: Ranks, tmp_path: Path, zero: 
     again.close()
 
 
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_in_bfloat16_the_frozen_weights_are_exported_as_they_were(alone: Ranks, zero: int) -> None:
+    engine, frozen = cases.lora_engine(alone, zero, precision="bf16")
+    cases.lora_steps(engine, 0, 3)
+    plain = merged(engine.module, state := engine.state("raw"))
+    engine.close()
+    for name, value in frozen.items():
+        original = state.get(name.replace(".weight", ".parametrizations.weight.original"), state.get(name))
+        assert original is not None
+        assert torch.equal(original, value)
+        assert torch.equal(plain[name], value) == (name in state)
+
+
+def test_blocks_with_pairs_compile_into_one_graph_each() -> None:
+    model = encoder()
+    add_pairs(model, CONFIG, "encoder")
+    filled(model)
+    tokens = torch.randn(2, 4, 48, generator=torch.Generator().manual_seed(6))
+    for block in model.blocks:
+        compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(tokens), block(tokens))
+
+
 @pytest.mark.slow
 def test_every_zero_stage_and_two_ranks_train_the_same_pairs(alone: Ranks, tmp_path: Path) -> None:
     joint = cases.lora_stages(alone)

@@ -10,7 +10,7 @@ import attrs
 from attrs import validators as v
 
 from underpaint.config.diffusion import GuidanceConfig, PathName, Predicts, TimeConfig
-from underpaint.config.stages import LoraConfig
+from underpaint.config.stages import GuardConfig, LoraConfig
 from underpaint.errors import ConfigError, suggest
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "EngineConfig",
     "EquivarianceConfig",
     "EvaluationConfig",
+    "GuardConfig",
     "GuidanceConfig",
     "LatentsConfig",
     "LoraConfig",
@@ -304,6 +305,7 @@ class StageConfig:
             tokenizer that the recipe loads.
         lora: Low-rank adaptation of parts that it trains; None trains their weights themselves.
         equivariance: Equivariance regularisation; None for none.
+        guard: Which steps are dropped for a loss that jumped; None drops none but those that are not finite.
         stop: When to end early; None trains all steps.
     """
 
@@ -318,6 +320,7 @@ class StageConfig:
     teacher: str | None = None
     lora: LoraConfig | None = None
     equivariance: EquivarianceConfig | None = None
+    guard: GuardConfig | None = None
     stop: StopConfig | None = None
 
 

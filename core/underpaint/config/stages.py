@@ -1,4 +1,4 @@
-"""Optional settings of a tokenizer stage: low-rank adaptation."""
+"""Optional settings of a tokenizer stage: the guard against losses that jump, and low-rank adaptation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,26 @@ from attrs import validators as v
 
 from underpaint.errors import ConfigError
 
-__all__ = ["LoraConfig"]
+__all__ = ["GuardConfig", "LoraConfig"]
+
+
+@attrs.frozen(kw_only=True)
+class GuardConfig:
+    """Which optimizer steps are dropped although everything is finite (vfm_vae.md §4.4).
+
+    The model's step is dropped where a reconstruction loss exceeds `factor` times its value in the step before; a
+    critic's where the size of its loss exceeds `critic`. Means over all ranks are compared, so that all decide alike.
+    Like a step that is not finite, a dropped one changes nothing, and `engine.max_bad_steps` in a row end the training.
+
+    Attributes:
+        factor: Largest growth of a reconstruction loss from one step to the next.
+        after: First step that may be dropped.
+        critic: Largest size of a critic's loss.
+    """
+
+    factor: float = attrs.field(default=10.0, validator=v.gt(1.0))
+    after: int = attrs.field(default=0, validator=v.ge(0))
+    critic: float = attrs.field(default=1e4, validator=v.gt(0.0))
 
 
 @attrs.frozen(kw_only=True)

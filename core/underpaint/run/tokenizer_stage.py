@@ -72,6 +72,7 @@ def run_tokenizer_stage(session: Session, index: int, tokenizer: Tokenizer) -> L
     if stage.lora is not None:
         # After the count: the sums of the pairs are made once a step, not for every image.
         module.add_lora(stage.lora)
+    keep = None if stage.guard is None else module.add_guard(stage.guard, ranks.average)
 
     def batches(start: int, micro_batches: int) -> Iterator[Batch]:
         for batch in data.train_batches(stage.batch, seed=seed, start=start, accumulation=micro_batches, ranks=ranks):
@@ -107,6 +108,8 @@ def run_tokenizer_stage(session: Session, index: int, tokenizer: Tokenizer) -> L
             batches=batches,
             forward=forward,
             adversaries=losses.adversaries,
+            guard=stage.guard,
+            keep=keep,
             stop_rule=lambda engine: _stop_rule(session, stage, module, engine),
             export=export,
         ),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from underpaint.config.schema import EquivarianceConfig, LoraConfig, StageConfig
+from underpaint.config.schema import EquivarianceConfig, GuardConfig, LoraConfig, StageConfig
 from underpaint.data.transforms import to_tensor
 from underpaint.errors import ConfigError, DataError, suggest
 from underpaint.interfaces.adapter import Posterior
@@ -17,6 +17,7 @@ from underpaint.interfaces.encoder import Features
 from underpaint.interfaces.loss import StepSizes, StepTensors
 from underpaint.models.tokenizer import Tokenizer
 from underpaint.training.equivariance import View, draw_view, resized, turned_latents
+from underpaint.training.guard import Guard
 from underpaint.training.lora import add_pairs
 from underpaint.training.terms import WeightedLosses
 
@@ -127,6 +128,24 @@ class TokenizerModule(nn.Module):
         self._learns = [any(path.partition(".")[0] == name for path in trains) for name in _PARTS]
         self._layers: dict[str, nn.Parameter] = {at: self._last_layer(at) for at in losses.adaptive}
         self.train()
+
+    def add_guard(self, config: GuardConfig, average: Callable[[Tensor], Tensor]) -> Callable[[int], Tensor] | None:
+        """Watch the reconstruction losses of the stage.
+
+        Args:
+            config: The guard.
+            average: Averages a tensor over the ranks.
+
+        Returns:
+            From an optimizer step to whether the losses of the last forward may count, on the device; None where the
+            stage has no reconstruction loss.
+        """
+        losses: WeightedLosses = self._outside[0]
+        keys = [item.key for item in losses.items if item.is_reference]
+        if not keys:
+            return None
+        self.guard = Guard(config, keys, average).to(next(self.encoder.parameters()).device)
+        return lambda step: self.guard(losses.reconstruction, step)
 
     def add_lora(self, config: LoraConfig) -> None:
         """Freeze the parts that are adapted, and give them low-rank pairs that learn in their place.
