@@ -11,6 +11,7 @@ _TINY_PROJECTED = {
     "encoder": "tiny/vit@random",
     "options": {"width": 48, "depth": 2, "heads": 2},
     "layers": (0, 1),
+    "summary": "pooled",
     "color": False,
     "translation": 0.0,
     "cutout": 0.0,
@@ -42,7 +43,7 @@ def register_losses(register: Any) -> None:
         config="underpaint_critics.config:ProjectedConfig",
         tiny=_TINY_PROJECTED,
         summary="Adversarial loss with critic heads on the frozen features of any registered encoder",
-        source="Sauer et al. 2021 and 2023 (StyleGAN-T)",
+        source="Sauer et al. 2021 and 2023 (StyleGAN-T); Bi et al. 2025 (VFM-VAE)",
     )
     register(
         "critics/rae",
@@ -50,8 +51,9 @@ def register_losses(register: Any) -> None:
         config="underpaint_critics.config:ProjectedConfig",
         options={
             "encoder": "timm/vit_small_patch8_224@dino",
+            "options": {"norm": "none"},
             "second_last_head": True,
-            "pooled": False,
+            "summary": "none",
             "virtual_batch": 1,
             "cutout": 0.0,
             "crop": 0.0,

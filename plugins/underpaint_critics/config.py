@@ -66,7 +66,7 @@ class MultiScaleConfig:
 
 @attrs.frozen(kw_only=True)
 class ProjectedConfig:
-    """Options of ``critics/projected``.
+    """Options of ``critics/projected``; the defaults are VFM-VAE's.
 
     Attributes:
         objective: ``hinge``, ``least-squares`` or ``non-saturating``, as for ``critics/patchgan``.
@@ -75,10 +75,11 @@ class ProjectedConfig:
         encoder: Registered name of the frozen encoder, with its weights.
         layers: Layers whose maps are judged, one head each, handed to the encoder as its option of that name; None
             leaves the encoder its own choice.
-        options: Further options of the encoder. The default, raw block outputs, belongs to the encoders of timm and
-            open_clip; set it when you choose another.
+        options: Further options of the encoder. The default, raw block outputs after the tokens before the first block,
+            belongs to the encoders of timm; set it when you choose another.
         second_last_head: Whether a second head judges the deepest map, as in RAE.
-        pooled: Whether the encoder's summary of the image is added to every cell of every map.
+        summary: What is added to every cell of a map: the class token of its ``layer``; the encoder's ``pooled``
+            summary of the image, the same for all maps; or ``none``.
         size: Side of the square images that the encoder sees, in pixels; None is the size it was trained at.
         crop: Share of batches of larger images that are cropped to `size` at a random place, not resized.
         virtual_batch: Samples that the heads normalise together, at most.
@@ -93,9 +94,11 @@ class ProjectedConfig:
     r1_interval: int = attrs.field(default=16, validator=v.gt(0))
     encoder: str = "timm/vit_small_patch16_224@dino"
     layers: tuple[int, ...] | None = (2, 5, 8, 11)
-    options: Mapping[str, Any] = attrs.field(factory=lambda: {"norm": "none"})
+    options: Mapping[str, Any] = attrs.field(factory=lambda: {"norm": "none", "embedding": True})
     second_last_head: bool = False
-    pooled: bool = True
+    summary: Literal["layer", "pooled", "none"] = attrs.field(
+        default="layer", validator=v.in_(("layer", "pooled", "none"))
+    )
     size: int | None = attrs.field(default=None, validator=v.optional(v.gt(0)))
     crop: float = attrs.field(default=0.5, validator=v.and_(v.ge(0.0), v.le(1.0)))
     virtual_batch: int = attrs.field(default=8, validator=v.gt(0))

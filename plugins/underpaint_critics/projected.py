@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import underpaint
-from underpaint import ConfigError, Encoder
+from underpaint import ConfigError, Encoder, Features
 from underpaint_critics.adversary import Adversary, Judgement
 from underpaint_critics.config import ProjectedConfig
 from underpaint_critics.diffaugment import DiffAugment
@@ -63,10 +63,10 @@ class Projected(Adversary):
     order, is judged by a head of its own: spectrally normed convolutions and `LocalBatchNorm`; 1,477,249 parameters at
     384 channels. All logits of all heads count the same.
 
-    It differs from StyleGAN-T's and VFM-VAE's in what an encoder gives: they add each layer's own class token to the
-    cells of that layer, and have a fifth head on the patch embedding. Here the encoder's summary of the image (for DINO
-    its last class token, after the final norm) is added to all maps, and maps are block outputs. From RAE's it differs
-    in that images are resized with antialiasing and shifted after their colours are drawn.
+    With the default options it is StyleGAN-T's and VFM-VAE's: the maps are the patch tokens of DINO's ViT-S/16 before
+    the first block and after the third, sixth, ninth and last, unnormed, and to each cell the class token of its own
+    layer is added; the heads have 7,386,245 parameters. From RAE's, ``critics/rae`` differs in that images are resized
+    with antialiasing and shifted after their colours are drawn.
 
     The encoder is neither trained nor saved. It stands outside of the modules of the loss, and only moves with it.
 
@@ -91,7 +91,7 @@ class Projected(Adversary):
         self._held = (encoder.eval().requires_grad_(False),)
         self._name = config.encoder
         self._again = config.second_last_head
-        self._pooled = config.pooled
+        self._summary = config.summary
         self._crop = config.crop
         self._quantise = config.quantise
         self._augment = DiffAugment(color=config.color, translation=config.translation, cutout=config.cutout)
@@ -104,15 +104,27 @@ class Projected(Adversary):
         """Return the maps of the augmented images."""
         features = self._held[0](self._fit(self._augment(images)))
         maps: tuple[Tensor, ...] = features.maps
-        if self._pooled:
-            pooled = features.pooled
-            if pooled is None or any(seen.shape[1] != pooled.shape[1] for seen in maps):
-                raise ConfigError(
-                    f"The encoder '{self._name}' gives no summary of the image that fits its maps; set the option "
-                    "'pooled' of the critic to false."
-                )
-            maps = tuple(seen + pooled[:, :, None, None] for seen in maps)
+        if self._summary != "none":
+            summaries = self._summaries(features)
+            maps = tuple(seen + added[:, :, None, None] for seen, added in zip(maps, summaries, strict=True))
         return maps + (maps[-1:] if self._again else ())
+
+    def _summaries(self, features: Features) -> tuple[Tensor, ...]:
+        """Return the vector that is added to each map."""
+        if self._summary == "layer":
+            if features.class_tokens is None:
+                raise ConfigError(
+                    f"The encoder '{self._name}' gives no class tokens; set the option 'summary' of the critic to "
+                    "'pooled' or 'none'."
+                )
+            return features.class_tokens
+        pooled = features.pooled
+        if pooled is None or any(seen.shape[1] != pooled.shape[1] for seen in features.maps):
+            raise ConfigError(
+                f"The encoder '{self._name}' gives no summary of the image that fits its maps; set the option "
+                "'summary' of the critic to 'none'."
+            )
+        return (pooled,) * len(features.maps)
 
     def as_shown(self, reconstruction: Tensor) -> Tensor:
         """Round to 8 bit where that is asked for: 2·k/255 − 1 with k from 0 to 255."""

@@ -39,7 +39,7 @@ class OpenClipEncoder(Encoder):
 
     Only the image tower is built. Images are resized to the tower's own input (its tag's interpolation,
     antialiased, not clamped), then normalised with the tag's mean and std. Position embeddings are
-    interpolated to the grid, the class token is dropped from the maps.
+    interpolated to the grid. The class token of each map's layer is given beside the map, where the tower has one.
 
     ``pooled`` is the tower's own output, in the space it shares with the text tower, not normalised.
 
@@ -89,9 +89,13 @@ class OpenClipEncoder(Encoder):
         """Encode B×3×H×W images in [-1, 1] to B×C×(H/stride)×(W/stride) maps, in the tower's dtype."""
         h, w = self.grid(images.shape[-2], images.shape[-1])
         pixels = self._prepare(images, (h * self.info.patch, w * self.info.patch))
-        blocks, pooled = self.tower(pixels, self.info.layers)
+        blocks, tokens, pooled = self.tower(pixels, self.info.layers)
         maps = (self._finish(block).transpose(1, 2).contiguous() for block in blocks)
-        return Features(maps=tuple(m.view(*m.shape[:2], h, w) for m in maps), pooled=pooled)
+        return Features(
+            maps=tuple(m.view(*m.shape[:2], h, w) for m in maps),
+            pooled=pooled,
+            class_tokens=None if tokens is None else tuple(self._finish(token) for token in tokens),
+        )
 
     def _prepare(self, images: Tensor, size: tuple[int, int]) -> Tensor:
         # At least float32: bicubic weights and the mean lose two digits in bfloat16.

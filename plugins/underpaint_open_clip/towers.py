@@ -35,8 +35,11 @@ class Tower(nn.Module):
         """Return the last norm over tokens, or an identity where the tower has none."""
         raise NotImplementedError
 
-    def forward(self, pixels: Tensor, layers: tuple[int, ...]) -> tuple[list[Tensor], Tensor]:
-        """Return B×N×C patch tokens after each of `layers`, and the tower's own B×E output."""
+    def forward(self, pixels: Tensor, layers: tuple[int, ...]) -> tuple[list[Tensor], list[Tensor] | None, Tensor]:
+        """Return B×N×C patch tokens after each of `layers`, the B×C class tokens there, and the tower's B×E output.
+
+        A tower without class token gives None in their place.
+        """
         raise NotImplementedError
 
 
@@ -54,8 +57,8 @@ class NativeTower(Tower):
         norm: nn.Module = self.visual.ln_post
         return norm if self.visual.attn_pool is None else nn.Identity()
 
-    def forward(self, pixels: Tensor, layers: tuple[int, ...]) -> tuple[list[Tensor], Tensor]:
-        """Return patch tokens and the projected class token, with positions interpolated to the grid."""
+    def forward(self, pixels: Tensor, layers: tuple[int, ...]) -> tuple[list[Tensor], list[Tensor] | None, Tensor]:
+        """Return patch and class tokens, and the last one projected, with positions interpolated to the grid."""
         visual = self.visual
         patches = visual.conv1(pixels)
         grid = patches.shape[-2:]
@@ -67,7 +70,8 @@ class NativeTower(Tower):
         x = visual.ln_pre(torch.cat([token, patches], dim=1) + positions.to(patches.dtype))
         x, blocks = visual.transformer.forward_intermediates(x, indices=list(layers))
         pooled = visual._pool(x)[0]
-        return [block[:, 1:] for block in blocks], pooled if visual.proj is None else pooled @ visual.proj
+        pooled = pooled if visual.proj is None else pooled @ visual.proj
+        return [block[:, 1:] for block in blocks], [block[:, 0] for block in blocks], pooled
 
 
 class TrunkTower(Tower):
@@ -85,11 +89,16 @@ class TrunkTower(Tower):
         after: nn.Module = self.visual.trunk.fc_norm
         return after if isinstance(norm, nn.Identity) else norm
 
-    def forward(self, pixels: Tensor, layers: tuple[int, ...]) -> tuple[list[Tensor], Tensor]:
-        """Return patch tokens and the output of open_clip's head."""
+    def forward(self, pixels: Tensor, layers: tuple[int, ...]) -> tuple[list[Tensor], list[Tensor] | None, Tensor]:
+        """Return patch and class tokens and the output of open_clip's head."""
         trunk = self.visual.trunk
-        tokens, blocks = trunk.forward_intermediates(pixels, indices=list(layers), output_fmt="NLC")
-        return blocks, self.visual.head(trunk.forward_head(tokens))
+        has_class = trunk.cls_token is not None
+        tokens, found = trunk.forward_intermediates(
+            pixels, indices=list(layers), output_fmt="NLC", return_prefix_tokens=has_class
+        )
+        blocks = [patches for patches, _ in found] if has_class else found
+        classes = [prefix[:, 0] for _, prefix in found] if has_class else None
+        return blocks, classes, self.visual.head(trunk.forward_head(tokens))
 
 
 def make_tower(model: str, quick_gelu: bool) -> Tower:

@@ -31,7 +31,8 @@ class TimmEncoder(Encoder):
 
     Images are resized to the model's own input (its interpolation, antialiased unless the config says otherwise, not
     clamped), then normalised with its mean and std. Position embeddings are interpolated or, for rotary models,
-    computed for the grid. Class and register tokens are dropped from the maps.
+    computed for the grid. Class and register tokens are dropped from the maps; the class token of each map's layer is
+    given beside it where the model has one, with the map's norm.
 
     ``pooled`` summarises the last block: the attention pool where the model has one (SigLIP), else the class
     token, else the mean of the patches; always with the final norm as trained.
@@ -79,19 +80,30 @@ class TimmEncoder(Encoder):
         h, w = self.grid(images.shape[-2], images.shape[-1])
         pixels = self._prepare(images, (h * self.info.patch, w * self.info.patch))
         layers = [layer for layer in self.info.layers if layer >= 0]
-        tokens, blocks = self.trunk.forward_intermediates(pixels, indices=layers, output_fmt="NLC")
-        found = [self._finish(block, layer) for block, layer in zip(blocks, layers, strict=True)]
+        # Where there is a class token it is the first of the prefix.
+        has_class = self.trunk.cls_token is not None
+        tokens, blocks = self.trunk.forward_intermediates(
+            pixels, indices=layers, output_fmt="NLC", return_prefix_tokens=has_class
+        )
+        patches = [block[0] if has_class else block for block in blocks]
+        classes = [block[1][:, 0] for block in blocks] if has_class else []
         if self.embedding:
-            found.insert(0, self._embed(pixels))
-        maps = (item.transpose(1, 2).contiguous() for item in found)
-        return Features(maps=tuple(m.view(*m.shape[:2], h, w) for m in maps), pooled=self._pool(tokens))
+            embedded = self._embed(pixels)
+            patches.insert(0, embedded[:, self.trunk.num_prefix_tokens :])
+            classes.insert(0, embedded[:, 0])
+        finished = [self._finish(item, layer) for item, layer in zip(patches, self.info.layers, strict=True)]
+        maps = (item.transpose(1, 2).contiguous() for item in finished)
+        return Features(
+            maps=tuple(m.view(*m.shape[:2], h, w) for m in maps),
+            pooled=self._pool(tokens),
+            class_tokens=tuple(map(self._finish, classes, self.info.layers)) if has_class else None,
+        )
 
     def _embed(self, pixels: Tensor) -> Tensor:
         # Computed twice: forward_intermediates does not give it, and it is a thousandth of the network's work.
         embedded = self.trunk._pos_embed(self.trunk.patch_embed(pixels))
-        tokens: Tensor = embedded[0] if isinstance(embedded, tuple) else embedded
-        tokens = self.trunk.norm_pre(tokens)
-        return tokens[:, self.trunk.num_prefix_tokens :]
+        tokens: Tensor = self.trunk.norm_pre(embedded[0] if isinstance(embedded, tuple) else embedded)
+        return tokens
 
     def _prepare(self, images: Tensor, size: tuple[int, int]) -> Tensor:
         # At least float32: bicubic weights and the mean lose two digits in bfloat16.
@@ -112,7 +124,9 @@ class TimmEncoder(Encoder):
         return fc_norm if isinstance(norm, nn.Identity) else norm
 
     def _finish(self, tokens: Tensor, layer: int) -> Tensor:
-        if self.norm == "none" or (self.norm == "last" and layer != len(self.trunk.blocks) - 1):
+        is_last = layer == len(self.trunk.blocks) - 1
+        # The embedding, layer -1, was never meant for the final norm.
+        if self.norm == "none" or layer < 0 or (self.norm == "last" and not is_last):
             return tokens
         norm: Any = self._final_norm()
         if self.norm in ("affine", "last"):

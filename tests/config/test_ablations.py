@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from underpaint.bench.matrix import Cell, read_matrix, resolve_cells
+from underpaint.config.schema import LoraConfig
 from underpaint.errors import ConfigError
 from underpaint.interfaces.loss import StepSizes
 from underpaint.registration.manager import manager
@@ -71,6 +72,15 @@ def test_every_small_generator_shares_one_tokenizer_and_is_sampled_alike() -> No
         assert (cell.recipe.evaluation.images, cell.recipe.evaluation.generation) == (
             first.evaluation.images, first.evaluation.generation,
         )  # fmt: skip
+
+
+def test_low_rank_cells_adapt_the_encoder_in_the_second_stage_alone() -> None:
+    found = {c.name: [stage.lora for stage in c.recipe.stages] for c in cells("aligntok-ablations") if "lora" in c.name}
+    assert found.keys() == {"lora", "small-lora"}
+    for first, second, third in found.values():
+        assert first is None
+        assert third is None
+        assert second == LoraConfig(rank=16, alpha=16.0, parts=("encoder",))
 
 
 @pytest.mark.slow

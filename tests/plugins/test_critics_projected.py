@@ -53,11 +53,12 @@ class Eye(Encoder):
     def forward(self, images: Tensor) -> Features:
         self.shown.append(images.detach())
         x = self.map(images)
-        return Features((x, torch.tanh(x)), x.mean((2, 3)) if self.pooled else None)
+        tokens = (x.amax((2, 3)), x.amin((2, 3)))
+        return Features((x, torch.tanh(x)), x.mean((2, 3)) if self.pooled else None, tokens if self.pooled else None)
 
 
 class Patch14(Eye):
-    """Trained at 28 px; takes images whose cells are 16 px, and gives no summary."""
+    """Trained at 28 px; takes images whose cells are 16 px, and gives neither summary nor class tokens."""
 
     info = attrs.evolve(Eye.info, stride=16, patch=14, native_size=(28, 28))
     pooled = False
@@ -123,7 +124,7 @@ def test_head_agrees_with_rae() -> None:
 
 @torch.no_grad()
 def test_logits_of_all_heads_count_the_same() -> None:
-    loss = make(**PLAIN, pooled=False).eval()
+    loss = make(**PLAIN, summary="none").eval()
     step = shown()
     assert step.reconstruction is not None
     encoder = loss._held[0]
@@ -138,19 +139,24 @@ def test_logits_of_all_heads_count_the_same() -> None:
     assert set(terms) == {"critic_real", "critic_fake"}
 
 
-def test_summary_is_added_to_every_cell() -> None:
-    loss = make(**PLAIN)
+@pytest.mark.parametrize("summary", ["layer", "pooled", "none"])
+def test_summary_is_added_to_every_cell(summary: str) -> None:
+    loss = make(**PLAIN, summary=summary)
     images = random(2, 3, 16, 16)
     features = loss._held[0](images)
-    for got, plain in zip(loss.look(images), features.maps):
-        torch.testing.assert_close(got, plain + features.pooled[..., None, None])
+    added = {"layer": features.class_tokens, "pooled": [features.pooled] * 2, "none": torch.zeros(2, 2, 6)}[summary]
+    for got, plain, token in zip(loss.look(images), features.maps, added, strict=True):
+        torch.testing.assert_close(got, plain + token[..., None, None])
 
 
 def test_an_encoder_without_summary_is_named() -> None:
-    loss = make(encoder="patch14")
-    with pytest.raises(ConfigError, match="'patch14' gives no summary.*'pooled' of the critic to false"):
-        loss(shown(32, 32))
-    make(encoder="patch14", pooled=False)(shown(32, 32))
+    for summary, words in (
+        ("layer", "'patch14' gives no class tokens; .*'summary' of the critic to 'pooled' or 'none'"),
+        ("pooled", "'patch14' gives no summary.*'summary' of the critic to 'none'"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            make(encoder="patch14", summary=summary)(shown(32, 32))
+    make(encoder="patch14", summary="none")(shown(32, 32))
 
 
 # ------------------------------------------------------------------------------------- what the encoder sees
@@ -161,7 +167,7 @@ def test_layers_and_options_reach_the_encoder(eyes: Any) -> None:
     make(layers=None, options={"stride": 8})
     make("rae")
     assert [options for _, options in eyes] == [
-        {"layers": (2, 5, 8, 11), "norm": "none"},
+        {"layers": (2, 5, 8, 11), "norm": "none", "embedding": True},
         {"stride": 8},
         {"layers": (2, 5, 8, 11), "norm": "none"},
     ]
@@ -180,7 +186,7 @@ def test_images_are_resized_to_the_native_size(eyes: Any) -> None:
 
 
 def test_an_encoder_that_resizes_by_itself_is_given_whole_cells(eyes: Any) -> None:
-    make(encoder="patch14", pooled=False, **PLAIN).look(random(1, 3, 64, 64))
+    make(encoder="patch14", summary="none", **PLAIN).look(random(1, 3, 64, 64))
     assert eyes[0][0].shown[-1].shape == (1, 3, 32, 32)
 
 
@@ -294,16 +300,86 @@ def test_the_model_step_touches_neither_critic_nor_encoder(eyes: Any) -> None:
 
 def test_penalty_reaches_the_heads_through_a_transformer() -> None:
     # Fused attention has no second derivative, so this fails where it is used.
-    loss = make(encoder="tiny/vit@random", layers=[0, 1], options={"width": 32, "depth": 2, "heads": 2}, r1=1.0)
+    small = {"width": 32, "depth": 2, "heads": 2}
+    loss = make(encoder="tiny/vit@random", layers=[0, 1], options=small, summary="pooled", r1=1.0)
     terms = loss.criticise(shown(80, 80))
     terms["critic_r1"].backward()
     gradients = [p.grad for name, p in loss.critic.named_parameters() if name.endswith("weight")]
     assert all(g is not None and g.isfinite().all() and g.abs().sum() > 0 for g in gradients)
 
 
-def test_the_default_is_dino_with_four_heads() -> None:
+# ------------------------------------------------------------------------------------ VFM-VAE's and RAE's
+
+
+def test_the_default_is_dino_with_five_heads() -> None:
+    # vfm_vae.md §11: 1,477,249 a head.
     loss = make(encoder="timm/vit_small_patch16_224@random")
-    assert sum(p.numel() for p in loss.critic.parameters()) == 4 * 1_477_249
+    assert sum(p.numel() for p in loss.critic.parameters()) == 5 * 1_477_249 == 7_386_245
     with torch.no_grad():
         maps = loss.look(random(1, 3, 256, 256))
-    assert [tuple(x.shape) for x in maps] == [(1, 384, 14, 14)] * 4
+    assert [tuple(x.shape) for x in maps] == [(1, 384, 14, 14)] * 5
+    assert sum(p.numel() for p in loss._held[0].parameters()) == pytest.approx(21.7e6, rel=2e-3)
+
+
+def test_rae_has_heads_on_four_blocks_and_on_the_last_again() -> None:
+    loss = make("rae", **PLAIN, encoder="timm/test_vit@random", layers=[1, 3, 5])
+    images = random(1, 3, 160, 160)
+    with torch.no_grad():
+        maps = loss.look(images)
+        plain = loss._held[0](images).maps
+    assert len(plain) == 3
+    assert all(torch.equal(a, b) for a, b in zip(maps, (*plain, plain[-1]), strict=True))
+
+
+def transformer_taps(state: dict[str, Tensor], pixels: Tensor, heads: int, taps: tuple[int, ...]) -> list[Tensor]:
+    """Return the tokens before the first block and after `taps` (Dosovitskiy et al. 2021, eq. 1 to 3)."""
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        scale = (centred.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+        return centred * scale * state[f"{name}.weight"] + state[f"{name}.bias"]
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+
+    kernel = state["patch_embed.proj.weight"]
+    side = kernel.shape[-1]
+    b, _, height, width = pixels.shape
+    cells = pixels.reshape(b, 3, height // side, side, width // side, side).permute(0, 2, 4, 1, 3, 5).flatten(3)
+    patches = cells.flatten(1, 2) @ kernel.flatten(1).T + state["patch_embed.proj.bias"]
+    x = torch.cat((state["cls_token"].expand(b, 1, -1), patches), 1) + state["pos_embed"]
+    found = [x]
+    for index in range(max(taps) + 1):
+        block = f"blocks.{index}"
+        qkv = linear(norm(x, f"{block}.norm1"), f"{block}.attn.qkv").view(b, x.shape[1], 3, heads, -1)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+        attended = (q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])).softmax(-1) @ v
+        out = linear(attended.transpose(1, 2).flatten(2), f"{block}.attn.proj")
+        x = x + out * state.get(f"{block}.ls1.gamma", 1.0)
+        hidden = linear(norm(x, f"{block}.norm2"), f"{block}.mlp.fc1")
+        hidden = 0.5 * hidden * (1 + torch.erf(hidden / math.sqrt(2)))
+        x = x + linear(hidden, f"{block}.mlp.fc2") * state.get(f"{block}.ls2.gamma", 1.0)
+        found += [x] if index in taps else []
+    return found
+
+
+@torch.no_grad()
+def test_taps_are_those_of_vfm_vae() -> None:
+    """Patch tokens plus the class token of the same layer, also of the embedding; all raw (vfm_vae.md §4.3)."""
+    taps = (1, 3, 5)
+    loss = make(**PLAIN, encoder="timm/test_vit@random", layers=taps).double()
+    encoder = loss._held[0]
+    generator = torch.Generator().manual_seed(1)
+    for parameter in encoder.parameters():
+        parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    images = random(2, 3, 160, 160).double()
+    mean, std = (
+        torch.tensor(value, dtype=torch.float64).view(3, 1, 1) for value in (encoder.info.mean, encoder.info.std)
+    )
+    state = {name.removeprefix("trunk."): value for name, value in encoder.state_dict().items()}
+    tokens = transformer_taps(state, ((images + 1) / 2 - mean) / std, encoder.trunk.blocks[0].attn.num_heads, taps)
+    wanted = [(x[:, 1:] + x[:, :1]).transpose(1, 2).reshape(2, 64, 10, 10) for x in tokens]
+    maps = loss.look(images)
+    assert len(maps) == 4
+    for got, expected in zip(maps, wanted, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-9, rtol=1e-9)

@@ -65,11 +65,19 @@ def test_equals_open_clip_at_native_size(
         features = encoder(images)
         pixels = own_pixels(images, mean, std)
         pooled = whole.encode_image(pixels)
-        wanted = whole.visual.forward_intermediates(pixels, indices=[1, encoder.tower.depth - 1])
+        wanted = whole.visual.forward_intermediates(
+            pixels, indices=[1, encoder.tower.depth - 1], output_extra_tokens=True
+        )
     torch.testing.assert_close(features.pooled, pooled, rtol=1e-4, atol=1e-5)
     for map_, other in zip(features.maps, wanted["image_intermediates"], strict=True):
         assert map_.shape[-2:] == (side // patch, side // patch)
         torch.testing.assert_close(map_, other, rtol=1e-4, atol=1e-4)
+    prefixes = wanted.get("image_intermediates_prefix")
+    if not prefixes:
+        assert features.class_tokens is None
+        return
+    for token, prefix in zip(features.class_tokens, prefixes, strict=True):
+        torch.testing.assert_close(token, prefix[:, 0], rtol=1e-4, atol=1e-4)
 
 
 def test_maps_take_the_final_norm_and_no_projection() -> None:

@@ -126,6 +126,31 @@ def test_pooled_is_the_models_own(model: str, pool_type: str) -> None:
         torch.testing.assert_close(encoder(images).pooled, trunk(own_pixels(images, trunk)), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("model", ["test_vit", "test_vit3", "vit_tiny_patch16_dinov3_qkvb"])
+def test_class_tokens_are_those_of_the_maps_layers(model: str) -> None:
+    encoder = make(model, layers=(1, -1), norm="none", embedding=True)
+    trunk = reference(encoder, model)
+    side = trunk.patch_embed.img_size[0]
+    with torch.no_grad():
+        features = encoder(picture(side, side))
+        if trunk.cls_token is None:
+            assert features.class_tokens is None
+            return
+        first, *others = features.class_tokens
+        pixels = own_pixels(picture(side, side), trunk)
+        wanted = trunk.forward_intermediates(
+            pixels, indices=[1, len(trunk.blocks) - 1], return_prefix_tokens=True, intermediates_only=True
+        )
+        normed = make(model, layers=(1, -1), norm="last")(picture(side, side)).class_tokens
+    # Before the first block it is the learned token, at its place; rotary positions are no part of it.
+    place = 0 if trunk.pos_embed is None else trunk.pos_embed[0, 0]
+    torch.testing.assert_close(first, (trunk.cls_token[0, 0] + place).expand(2, -1))
+    for ours, (_, prefix) in zip(others, wanted, strict=True):
+        torch.testing.assert_close(ours, prefix[:, 0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(normed[0], others[0])
+    torch.testing.assert_close(normed[1], trunk.norm(others[1]), rtol=1e-4, atol=1e-4)
+
+
 def test_layers_are_sorted_and_each_is_normed_as_timm_does() -> None:
     encoder = make("test_vit", layers=(-1, 1, -3))
     assert encoder.info.layers == (1, 3, 5)

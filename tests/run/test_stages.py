@@ -236,6 +236,7 @@ def test_two_critics_keep_their_terms_apart(tmp_path: Path) -> None:
         "encoder": "tiny/vit@random",
         "options": {"width": 48, "depth": 2, "heads": 2},
         "layers": [0, 1],
+        "summary": "pooled",
     }
     run_recipe(recipe({**FIRST, "losses": ["l1", PATCHGAN, projected], "steps": 1}), tmp_path / "run")
     (row,) = read_rows(tmp_path / "run" / "stages" / "first" / "metrics.jsonl")

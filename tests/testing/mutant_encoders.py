@@ -35,6 +35,15 @@ class KeepsClassToken(Encoder):
         return Features(tuple(maps))
 
 
+class StrayClassToken(Encoder):
+    """Gives a class token more than it has maps."""
+
+    def forward(self, images):
+        features = super().forward(images)
+        tokens = tuple(m.mean((2, 3)) for m in (*features.maps, features.maps[-1]))
+        return Features(features.maps, features.pooled, tokens)
+
+
 class Transposed(Encoder):
     """Swaps height and width."""
 

@@ -11,6 +11,7 @@ MUTANTS = {
         "WrongChannels": {"output_as_declared"},
         "WrongGrid": {"output_as_declared"},
         "KeepsClassToken": {"cells_in_place"},
+        "StrayClassToken": {"output_as_declared"},
         "Transposed": {"cells_in_place", "output_as_declared"},
         "NotNormalised": {"normalises_once"},
         "NormalisedTwice": {"normalises_once"},

@@ -15,6 +15,8 @@ from torch import Tensor
 from underpaint.config.schema import (
     EngineConfig,
     EquivarianceConfig,
+    GuardConfig,
+    LoraConfig,
     LossConfig,
     OptimizerConfig,
     StageConfig,
@@ -28,6 +30,7 @@ from underpaint.models.build import build_tokenizer
 from underpaint.models.tokenizer import Tokenizer
 from underpaint.training.critics import CriticTrainer
 from underpaint.training.engine import Engine
+from underpaint.training.lora import merged
 from underpaint.training.ranks import Ranks
 from underpaint.training.terms import WeightedLosses
 from underpaint.training.tokenizer_stage import TokenizerModule, tokenizer_losses, tokenizer_sizes
@@ -40,9 +43,11 @@ PATCHGAN = {"name": "critics/patchgan", "channels": 4, "layers": 2}
 ALONE = {"name": "critics/multiscale", "channels": 4, "layers": 2, "scales": 1, "virtual_batch": 1}
 
 
-def make_tokenizer(decoder: Mapping[str, Any] | None = None, adapter: Any = "aligntok/mlp") -> Tokenizer:
+def make_tokenizer(
+    decoder: Mapping[str, Any] | None = None, adapter: Any = "aligntok/mlp", encoder: Mapping[str, Any] | None = None
+) -> Tokenizer:
     plain = {
-        "encoder": {"name": "tiny/vit@random", **ENCODER},
+        "encoder": {"name": "tiny/vit@random", **ENCODER} if encoder is None else encoder,
         "adapter": adapter,
         "decoder": {"name": "ldm/decoder", **DECODER} if decoder is None else decoder,
         "latent_channels": 4,
@@ -126,7 +131,12 @@ def make_engine(module: TokenizerModule, ranks: Ranks, *, zero: int = 0, batch: 
         module,
         parts=module.learning,
         optimizer=OptimizerConfig(lr=1e-3),
-        config=EngineConfig(device="cpu", zero=zero),
+        config=EngineConfig(
+            device="cpu",
+            zero=zero,
+            accumulation=options.pop("accumulation", 1),
+            precision=options.pop("precision", "fp32"),
+        ),
         steps=20,
         micro_batch=batch // ranks.world_size,
         ema=options.pop("ema", None),
@@ -135,7 +145,15 @@ def make_engine(module: TokenizerModule, ranks: Ranks, *, zero: int = 0, batch: 
     )
 
 
-def make_critic(losses: WeightedLosses, ranks: Ranks, *, zero: int = 0, batch: int = 4, lr: float = 1e-3) -> Any:
+def make_critic(
+    losses: WeightedLosses,
+    ranks: Ranks,
+    *,
+    zero: int = 0,
+    batch: int = 4,
+    lr: float = 1e-3,
+    guard: GuardConfig | None = None,
+) -> Any:
     return CriticTrainer(
         losses.adversaries[0],
         optimizer=OptimizerConfig(lr=lr),
@@ -143,6 +161,7 @@ def make_critic(losses: WeightedLosses, ranks: Ranks, *, zero: int = 0, batch: i
         steps=20,
         micro_batch=batch // ranks.world_size,
         ranks=ranks,
+        guard=guard,
     )
 
 
@@ -220,5 +239,94 @@ def critic_steps(ranks: Ranks) -> dict[int, Any]:
         own = {name: p.detach().clone() for name, p in losses.adversaries[0].loss.critic.named_parameters()}
         results[zero] = (rows, own)
         critic.close()
+        engine.close()
+    return results
+
+
+def lora_engine(ranks: Ranks, zero: int, **options: Any) -> tuple[Engine, dict[str, Tensor]]:
+    """Make an engine whose encoder has low-rank pairs, one of its weights large enough for ZeRO 3 to partition.
+
+    Returns:
+        The engine, and the encoder's weights before.
+    """
+    plain = {"name": "tiny/vit@random", "width": 192, "depth": 1, "heads": 2}
+    tokenizer = make_tokenizer(encoder=plain)
+    frozen = {f"encoder.{name}": value.clone() for name, value in tokenizer.encoder.state_dict().items()}
+    module, _ = make_module(["l1"], tokenizer=tokenizer)
+    torch.manual_seed(5)
+    module.add_lora(LoraConfig(rank=3, alpha=6.0))
+    return make_engine(module, ranks, zero=zero, ema=0.5, **options), frozen
+
+
+def lora_steps(engine: Engine, first: int, last: int) -> None:
+    for step in range(first, last):
+        torch.manual_seed(step)
+        loss, _, _ = engine(share(pixels(seed=step), engine.ranks), step)
+        engine.backward(loss)
+        assert engine.step().applied
+
+
+def lora_stages(ranks: Ranks) -> dict[int, Any]:
+    """Train three steps with low-rank pairs at ZeRO 0 to 3; the plain weights of the encoder's average."""
+    results = {}
+    for zero in range(4):
+        engine, _ = lora_engine(ranks, zero)
+        lora_steps(engine, 0, 3)
+        state = engine.state("ema")
+        plain = merged(engine.module, state) if ranks.is_main else {}
+        results[zero] = {name: value for name, value in plain.items() if name.startswith("encoder.")}
+        engine.close()
+    return results
+
+
+JUMPS = {2: 100.0, 4: 8.0, 5: 70.0, 7: 100.0, 8: 100.0}
+"""Factor of the loss in some steps. From 8 to 70 is less than ten times; from 70 to 1 to 100 and on is one jump."""
+
+
+def jumping(losses: WeightedLosses, ranks: Ranks) -> None:
+    """Multiply the first loss in the steps of `JUMPS`; those by 100 on the last rank alone."""
+    real = losses.items[0].loss.forward
+
+    def forward(step: StepTensors) -> dict[str, Tensor]:
+        factor = JUMPS.get(step.step, 1.0)
+        if factor == 100.0 and ranks.rank != ranks.world_size - 1:
+            factor = 1.0
+        return {name: value * factor for name, value in real(step).items()}
+
+    losses.items[0].loss.forward = forward
+
+
+def guarded_engine(ranks: Ranks, zero: int, after: int = 0) -> tuple[Engine, Callable[[int], Tensor]]:
+    module, losses = make_module(["l1"])
+    jumping(losses, ranks)
+    keep = module.add_guard(GuardConfig(after=after), ranks.average)
+    assert keep is not None
+    return make_engine(module, ranks, zero=zero, ema=0.5), keep
+
+
+def guarded_steps(engine: Engine, keep: Callable[[int], Tensor] | None, steps: Sequence[int]) -> list[bool | None]:
+    """Train some steps; with a guard, return which it dropped."""
+    dropped = []
+    for step in steps:
+        torch.manual_seed(step)
+        loss, _, _ = engine(share(pixels(seed=step), engine.ranks), step)
+        engine.backward(loss, None if keep is None else keep(step))
+        result = engine.step()
+        assert result.skipped == bool(result.dropped)
+        dropped.append(result.dropped)
+    return dropped
+
+
+def guarded_stages(ranks: Ranks) -> dict[int, Any]:
+    """Train nine steps with a guard at ZeRO 0 to 3, and those that it should not drop without one."""
+    results = {}
+    for zero in range(4):
+        engine, keep = guarded_engine(ranks, zero)
+        dropped = guarded_steps(engine, keep, range(9))
+        found = engine.state("raw"), engine.state("ema"), engine.train_state
+        engine.close()
+        engine, _ = guarded_engine(ranks, zero)
+        nothing = guarded_steps(engine, None, [0, 1, 3, 4, 5, 6, 8])
+        results[zero] = dropped, nothing, found, (engine.state("raw"), engine.state("ema"), engine.train_state)
         engine.close()
     return results

@@ -11,6 +11,7 @@ from attrs import validators as v
 
 from underpaint.config.diffusion import GuidanceConfig, PathName, Predicts, TimeConfig
 from underpaint.config.joint import check_joint
+from underpaint.config.stages import GuardConfig, LoraConfig
 from underpaint.errors import ConfigError, suggest
 
 __all__ = [
@@ -23,8 +24,10 @@ __all__ = [
     "EngineConfig",
     "EquivarianceConfig",
     "EvaluationConfig",
+    "GuardConfig",
     "GuidanceConfig",
     "LatentsConfig",
+    "LoraConfig",
     "LossConfig",
     "OptimizerConfig",
     "Recipe",
@@ -332,9 +335,11 @@ class StageConfig:
             (StyleGAN's ramp; vfm_vae.md §4.4); None starts with `ema`.
         teacher: Earlier stage whose exported encoder and adapter, frozen, give the reference latents; ``start`` is the
             tokenizer that the recipe loads.
+        lora: Low-rank adaptation of parts that it trains; None trains their weights themselves.
         equivariance: Equivariance regularisation; None for none.
         denoiser: Diffusion model that trains with the tokenizer and aligns its latents; None for none. Optimizer and
             averages are the stage's.
+        guard: Which steps are dropped for a loss that jumped; None drops none but those that are not finite.
         stop: When to end early; None trains all steps.
     """
 
@@ -347,8 +352,10 @@ class StageConfig:
     ema: float | None = attrs.field(default=0.999, validator=_decay)
     ema_ramp: float | None = attrs.field(default=None, validator=_optional_positive)
     teacher: str | None = None
+    lora: LoraConfig | None = None
     equivariance: EquivarianceConfig | None = None
     denoiser: DenoiserConfig | None = None
+    guard: GuardConfig | None = None
     stop: StopConfig | None = None
 
     def diffusion(self) -> DiffusionConfig:
@@ -543,6 +550,8 @@ class Recipe:
             for part in stage.trains:
                 if part.partition(".")[0] not in parts:
                     raise ConfigError(f"{path}.trains names '{part}'. {suggest(part, parts)}")
+            if stage.lora is not None:
+                stage.lora.check(stage.trains, path)
             if stage.ema_ramp is not None and stage.ema is None:
                 raise ConfigError(f"{path}.ema_ramp is set, but ema is null; set ema to the decay it leads to.")
             if stage.denoiser is not None:

@@ -20,10 +20,12 @@ class Features:
     Attributes:
         maps: One B×C_i×h_i×w_i tensor per layer asked for, shallow to deep.
         pooled: B×C summary of the image, or None where the encoder has none.
+        class_tokens: For each map the B×C_i class token of its layer, or None where the encoder has none.
     """
 
     maps: tuple[Tensor, ...]
     pooled: Tensor | None = None
+    class_tokens: tuple[Tensor, ...] | None = None
 
 
 @attrs.frozen(kw_only=True)
@@ -60,7 +62,8 @@ class Encoder(nn.Module, Component, ABC):
     """Images to `Features`.
 
     An encoder owns its resize, its mean and std, its patch handling, and drops class and register
-    tokens from the maps. Its parameters require gradients when made; a stage freezes it.
+    tokens from the maps; it may give class tokens beside them, with the same norm. Its parameters
+    require gradients when made; a stage freezes it.
     """
 
     info: EncoderInfo

@@ -24,6 +24,7 @@ __all__ = ["RunFacts", "Speed", "StageFacts", "read_run"]
 
 _NO_LOSS = {
     "step", "grad_norm", "images_per_second", "mfu", "data_wait", "memory_gib", "seconds", "eta", "skipped",
+    "skipped_jump",
 }  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from underpaint.training.engine import Engine
 from underpaint.training.flops import count_flops
 from underpaint.training.heads import carry_heads, export_heads
 from underpaint.training.loop import LoopResult
+from underpaint.training.lora import merged
 from underpaint.training.stopping import StopRule
 from underpaint.training.terms import WeightedLosses
 from underpaint.training.tokenizer_stage import TokenizerModule, check_teacher, tokenizer_losses, tokenizer_sizes
@@ -80,6 +81,10 @@ def run_tokenizer_stage(session: Session, index: int, tokenizer: Tokenizer) -> L
     module.eval()
     flops = count_flops(module, lambda: module(blank, 0, label, *(partner.one() if partner else ()))[0])
     module.train()
+    if stage.lora is not None:
+        # After the count: the sums of the pairs are made once a step, not for every image.
+        learner.add_lora(stage.lora)
+    keep = None if stage.guard is None else learner.add_guard(stage.guard, ranks.average)
 
     def batches(start: int, micro_batches: int) -> Iterator[Batch]:
         for batch in data.train_batches(stage.batch, seed=seed, start=start, accumulation=micro_batches, ranks=ranks):
@@ -93,7 +98,7 @@ def run_tokenizer_stage(session: Session, index: int, tokenizer: Tokenizer) -> L
         return loss, terms, shown
 
     def export(state: dict[str, Tensor]) -> None:
-        own = {name.removeprefix(_JOINT): t for name, t in state.items()}
+        own = merged(learner, {name.removeprefix(_JOINT): t for name, t in state.items()})
         result = copy_tokenizer(tokenizer, {name: t for name, t in own.items() if name.startswith(_PARTS)})
         result.about = _facts(session, index, stage)
         if any(part.partition(".")[0] != "decoder" for part in stage.trains):
@@ -121,6 +126,8 @@ def run_tokenizer_stage(session: Session, index: int, tokenizer: Tokenizer) -> L
             batches=batches,
             forward=forward,
             adversaries=losses.adversaries,
+            guard=stage.guard,
+            keep=keep,
             stop_rule=lambda engine: _stop_rule(session, stage, learner, engine),
             export=export,
         ),
@@ -189,7 +196,7 @@ def _stop_rule(session: Session, stage: StageConfig, module: TokenizerModule, en
 
 def _facts(session: Session, index: int, stage: StageConfig) -> dict[str, Any]:
     recipe = session.recipe
-    trained = [f"{s.name}: {_what(s)} for {_length(s)} of {s.batch}" for s in recipe.stages[: index + 1]]
+    trained = [f"{s.name}: {_trained(s)} for {_length(s)} of {s.batch}" for s in recipe.stages[: index + 1]]
     return {
         "title": f"{recipe.name}: tokenizer after stage {stage.name}",
         "facts": [f"Trained on {session.data.facts()['train']} in stages: {'; '.join(trained)}."],
@@ -197,10 +204,12 @@ def _facts(session: Session, index: int, stage: StageConfig) -> dict[str, Any]:
     }
 
 
+def _trained(stage: StageConfig) -> str:
+    lora = stage.lora
+    parts = (f"{p} (LoRA of rank {lora.rank})" if lora and p in lora.parts else p for p in stage.trains)
+    partner = "" if stage.denoiser is None else f" with {stage.denoiser.backbone.name}"
+    return " + ".join(parts) + partner
+
+
 def _length(stage: StageConfig) -> str:
     return f"{stage.steps} steps" if stage.stop is None else f"up to {stage.steps} steps"
-
-
-def _what(stage: StageConfig) -> str:
-    partner = "" if stage.denoiser is None else f" with {stage.denoiser.backbone.name}"
-    return " + ".join(stage.trains) + partner

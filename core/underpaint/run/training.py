@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import attrs
 from torch import Tensor, nn
 
-from underpaint.config.schema import ComponentConfig, OptimizerConfig
+from underpaint.config.schema import ComponentConfig, GuardConfig, OptimizerConfig
 from underpaint.registration.manager import manager
 from underpaint.run.session import Session
 from underpaint.training.checkpoint import CheckpointStore
@@ -50,6 +50,9 @@ class StagePlan:
         batches: Endless micro-batches of this rank from a step on.
         forward: The loss of a micro-batch.
         adversaries: Losses whose critics are trained beside the module.
+        guard: Which steps are dropped for a loss that jumped, or None.
+        keep: Whether the micro-batch whose loss was computed last may count, as `Engine.backward` takes it; it is given
+            the step. None keeps all.
         stop_rule: Makes the rule that may end the stage early, given the engine.
         export: Writes the result, from the full state dict on rank 0.
     """
@@ -67,6 +70,8 @@ class StagePlan:
     batches: Callable[[int, int], Iterator[Any]]
     forward: Forward
     adversaries: Sequence[LossItem] = ()
+    guard: GuardConfig | None = None
+    keep: Callable[[int], Tensor] | None = None
     stop_rule: Callable[[Engine], StopRule | None] = lambda engine: None
     export: Callable[[dict[str, Tensor]], None]
 
@@ -83,7 +88,13 @@ def train_stage(session: Session, plan: StagePlan) -> LoopResult:
     micro_batch = plan.batch // (ranks.world_size * config.accumulation)
     critics = [
         CriticTrainer(
-            item, optimizer=plan.optimizer, config=config, steps=plan.steps, micro_batch=micro_batch, ranks=ranks
+            item,
+            optimizer=plan.optimizer,
+            config=config,
+            steps=plan.steps,
+            micro_batch=micro_batch,
+            ranks=ranks,
+            guard=plan.guard,
         )
         for item in plan.adversaries
     ]
@@ -120,13 +131,14 @@ def train_stage(session: Session, plan: StagePlan) -> LoopResult:
 
     def step_fn(batch: Any, step: int, micro: int) -> tuple[Mapping[str, Tensor], Any]:
         loss, terms, shown = plan.forward(engine, batch, step, micro)
-        engine.backward(loss)
+        engine.backward(loss, None if plan.keep is None else plan.keep(step))
         result = engine.step()
         named = {"loss": loss, **terms}
         for critic in critics:
             for name, value in critic.step(shown).items():
                 named[name if name not in named else f"{name}_{critic.key}"] = value
-        return named, result
+        verdicts = [v for v in (result.dropped, *(critic.dropped for critic in critics)) if v is not None]
+        return named, attrs.evolve(result, dropped=any(verdicts) if verdicts else None)
 
     plugins = manager()
     trackers = _trackers(session, folder) if ranks.is_main else []

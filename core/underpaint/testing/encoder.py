@@ -53,6 +53,10 @@ def output_as_declared(subject: Subject) -> None:
         expect(shapes == wanted, f"images of {size[0]}×{size[1]} px gave maps of {shapes}; info declares {wanted}")
         pooled = features.pooled
         expect(pooled is None or (pooled.ndim == 2 and len(pooled) == 2), "pooled is not of shape B×C")
+        if features.class_tokens is not None:
+            tokens = [tuple(item.shape) for item in features.class_tokens]
+            beside = [(2, channels) for channels in info.channels]
+            expect(tokens == beside, f"class_tokens have the shapes {tokens}; one for each map would have {beside}")
 
 
 @check("encoder")

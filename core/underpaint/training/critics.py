@@ -9,7 +9,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from underpaint.config.recipe import write_atomically
-from underpaint.config.schema import CriticConfig, EngineConfig, OptimizerConfig
+from underpaint.config.schema import CriticConfig, EngineConfig, GuardConfig, OptimizerConfig
 from underpaint.errors import ConfigError, DataError
 from underpaint.interfaces.loss import AdversarialLoss, StepTensors
 from underpaint.training.engine import Engine
@@ -45,9 +45,11 @@ class CriticTrainer:
         steps: Optimizer steps of the stage.
         micro_batch: Images of one forward on one rank.
         ranks: The processes.
+        guard: Which steps are dropped, or None.
 
     Attributes:
         key: Name of the loss within the stage.
+        dropped: Whether the guard dropped the last step; None where nothing was guarded.
 
     Raises:
         ConfigError: ZeRO 3 was asked for, which keeps no rank able to use the critic in the model's step.
@@ -62,6 +64,7 @@ class CriticTrainer:
         steps: int,
         micro_batch: int,
         ranks: Ranks,
+        guard: GuardConfig | None = None,
     ) -> None:
         assert isinstance(item.loss, AdversarialLoss)
         if config.zero == 3:
@@ -70,6 +73,7 @@ class CriticTrainer:
                 "critic on every rank; set engine.zero to 2 or less."
             )
         self.key = item.key
+        self.dropped: bool | None = None
         settings = item.config.critic or CriticConfig()
         own = settings.optimizer
         if own is None:
@@ -84,6 +88,8 @@ class CriticTrainer:
                 clip=optimizer.clip,
             )
         self._start = settings.start
+        self._guard = guard
+        self._average = ranks.average
         self._module = _CriticModule(item.loss)
         self._engine = Engine(
             self._module,
@@ -101,8 +107,11 @@ class CriticTrainer:
         if shown.step < self._start:
             return {}
         loss, terms = self._engine(shown)
-        self._engine.backward(loss)
-        self._engine.step()
+        keep = None
+        if self._guard is not None and shown.step >= self._guard.after:
+            keep = self._average(loss.detach()).abs() <= self._guard.critic
+        self._engine.backward(loss, keep)
+        self.dropped = self._engine.step().dropped
         return {name: value.detach() for name, value in terms.items()}
 
     def save(self, folder: Path) -> None:

@@ -40,7 +40,8 @@ class StepResult:
         grad_norm: Norm of the gradient of all parameters before clipping; not finite when the step was skipped,
             NaN between the micro-batches of one step.
         lr: Learning rate of each part.
-        skipped: The loss or a gradient was not finite on some rank, and nothing changed on any.
+        skipped: The loss or a gradient was not finite on some rank or the step was dropped, and nothing changed on any.
+        dropped: It was dropped by what `Engine.backward` was told; None where that was told nothing.
         applied: The weights changed.
     """
 
@@ -48,6 +49,7 @@ class StepResult:
     lr: dict[str, float]
     skipped: bool
     applied: bool
+    dropped: bool | None = None
 
 
 def _groups(module: nn.Module, parts: Mapping[str, nn.Module], config: OptimizerConfig) -> list[Group]:
@@ -122,6 +124,7 @@ class Engine:
         self._steps = steps
         self._micro = 0
         self._bad = 0
+        self._kept: Tensor | None = None
         self._dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         self._groups = _groups(module, parts, optimizer)
         self._names = tuple(name for group in self._groups for name in group.names)
@@ -221,11 +224,20 @@ class Engine:
         """Run the module's forward through DeepSpeed."""
         return self._deepspeed(*args, **kwargs).content
 
-    def backward(self, loss: Tensor) -> None:
-        """Compute gradients of a scalar loss, the mean over this rank's micro-batch; accumulation divides it."""
+    def backward(self, loss: Tensor, keep: Tensor | None = None) -> None:
+        """Compute gradients of a scalar loss, the mean over this rank's micro-batch; accumulation divides it.
+
+        Args:
+            loss: The loss.
+            keep: A boolean on the device, the same on every rank: false drops the optimizer step.
+        """
         # A loss that is not finite can still have finite gradients. The factor, 1 or NaN, carries it into all of them,
         # and the gradient norm into all ranks, without asking the device for the loss.
-        loss = loss * torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
+        good = torch.isfinite(loss.detach())
+        if keep is not None:
+            good = good & keep
+            self._kept = keep if self._kept is None else self._kept & keep
+        loss = loss * torch.where(good, 1.0, math.nan)
         self._deepspeed.backward(loss)
         if isinstance(self._masters, ReplicatedMasters):
             self._masters.collect(first=self._micro % self._config.accumulation == 0)
@@ -242,7 +254,7 @@ class Engine:
             What happened, the same on every rank.
 
         Raises:
-            UnderpaintError: `max_bad_steps` optimizer steps in a row had a loss or gradient that was not finite.
+            UnderpaintError: `max_bad_steps` optimizer steps in a row were skipped.
         """
         self._micro += 1
         rates = self.rates()
@@ -264,28 +276,32 @@ class Engine:
             self._deepspeed.step()
             applied = bool(self._deepspeed.was_step_applied())
             norm = self._deepspeed.get_global_grad_norm()
+        kept, self._kept = self._kept, None
+        # The device is asked only for the reason of a step that it has not taken.
+        dropped = None if kept is None else not applied and not bool(kept.item())
         if not applied:
-            self._count_bad()
-            return StepResult(norm, rates, skipped=True, applied=False)
+            self._count_bad(
+                "A loss was beyond the stage's guard" if dropped else "The loss or its gradient was not finite"
+            )
+            return StepResult(norm, rates, skipped=True, applied=False, dropped=dropped)
         self._bad = 0
         self.train_state += 1
         if self._ema is not None:
             self._ema.update(ema_decay(*self._ema_decay, self.train_state))
-        return StepResult(norm, rates, skipped=False, applied=True)
+        return StepResult(norm, rates, skipped=False, applied=True, dropped=dropped)
 
-    def _count_bad(self) -> None:
+    def _count_bad(self, reason: str) -> None:
         self._bad += 1
         limit = self._config.max_bad_steps
         if self._bad >= limit:
             raise UnderpaintError(
-                f"The loss or its gradient was not finite in {self._bad} optimizer steps in a row, after "
-                f"{self.train_state} good ones; lower optimizer.lr or set optimizer.clip, and go on from the last "
-                "checkpoint."
+                f"{reason} in {self._bad} optimizer steps in a row, after {self.train_state} good ones; lower "
+                "optimizer.lr or set optimizer.clip, and go on from the last checkpoint."
             )
         if self.ranks.is_main:
             _log.warning(
-                "After step %d the loss or its gradient is not finite; the step is skipped on all ranks (%d in a row, "
-                "training stops at %d).",
+                "%s after step %d; the step is skipped on all ranks (%d in a row, training stops at %d).",
+                reason,
                 self.train_state,
                 self._bad,
                 limit,

@@ -19,7 +19,10 @@ from underpaint.interfaces.tracker import Tracker
 
 __all__ = ["StageLog", "format_line", "read_rows"]
 
-_RATES = ("lr", "grad_norm", "images_per_second", "mfu", "data_wait", "memory_gib", "seconds", "eta", "skipped")
+_RATES = (
+    "lr", "grad_norm", "images_per_second", "mfu", "data_wait", "memory_gib", "seconds", "eta", "skipped",
+    "skipped_jump",
+)  # fmt: skip
 
 
 class StageLog:

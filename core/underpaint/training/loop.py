@@ -53,7 +53,7 @@ class LoopResult:
 
     Attributes:
         steps: Optimizer steps done in all.
-        skipped: Steps skipped for non-finite gradients since the start or the resume.
+        skipped: Steps skipped since the start or the resume.
         seconds: Wall time of this process in the loop.
     """
 
@@ -110,6 +110,7 @@ def train_loop(
     begin = last = time.perf_counter()
     waited = 0.0
     skipped = 0
+    jumped: int | None = None
     sums: dict[str, Tensor] = {}
     logged_step = start
     done = start
@@ -124,6 +125,8 @@ def train_loop(
                 pair = value if value.ndim else torch.stack([value, torch.ones_like(value)])
                 sums[key] = sums[key] + pair if key in sums else pair
         skipped += result.skipped
+        if result.dropped is not None:
+            jumped = (jumped or 0) + result.dropped
         done = step + 1
         asked = time.perf_counter()
         finished = done == steps or enough(done)
@@ -144,6 +147,7 @@ def train_loop(
                 "seconds": now - begin,
                 "eta": (steps - done) * elapsed / (done - logged_step),
                 "skipped": skipped,
+                **({} if jumped is None else {"skipped_jump": jumped}),
             }
             if log is not None:
                 log.row(done, values)

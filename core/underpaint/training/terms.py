@@ -78,6 +78,7 @@ class WeightedLosses:
         adversaries: Losses with a critic.
         needs: Fields of `StepTensors` that any of them reads.
         layers: Blocks of the backbone that any of them reads.
+        reconstruction: Values of the losses that are `LossItem.is_reference` in the last call, by key, unweighted.
 
     Raises:
         ConfigError: A loss needs a tensor that the stage does not have, or has settings that do not fit it.
@@ -94,6 +95,7 @@ class WeightedLosses:
         average: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     ) -> None:
         self.items: list[LossItem] = []
+        self.reconstruction: dict[str, Tensor] = {}
         self.heads = nn.ModuleDict()
         self._average = average
         for index, config in enumerate(configs):
@@ -150,6 +152,7 @@ class WeightedLosses:
             shares.append(
                 Share(item.key, total, item.config.weight, item.config.adaptive, item.judges_images, item.is_reference)
             )
+        self.reconstruction = {share.key: share.value.detach() for share in shares if share.is_reference}
         if not balancing:
             return torch.stack([share.weight * share.value for share in shares]).sum(), terms
         if not any(share.is_reference for share in shares):

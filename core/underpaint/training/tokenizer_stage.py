@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from underpaint.config.schema import EquivarianceConfig, StageConfig
+from underpaint.config.schema import EquivarianceConfig, GuardConfig, LoraConfig, StageConfig
 from underpaint.data.transforms import to_tensor
 from underpaint.errors import ConfigError, DataError, suggest
 from underpaint.interfaces.adapter import Posterior
@@ -17,6 +17,8 @@ from underpaint.interfaces.encoder import Features
 from underpaint.interfaces.loss import StepSizes, StepTensors
 from underpaint.models.tokenizer import Tokenizer
 from underpaint.training.equivariance import View, draw_view, resized, turned_latents
+from underpaint.training.guard import Guard
+from underpaint.training.lora import add_pairs
 from underpaint.training.terms import WeightedLosses
 
 __all__ = ["TokenizerModule", "check_teacher", "shown", "tokenizer_losses", "tokenizer_sizes"]
@@ -130,6 +132,39 @@ class TokenizerModule(nn.Module):
         self._layers: dict[str, nn.Parameter] = {at: self._last_layer(at) for at in losses.adaptive}
         self.train()
 
+    def add_guard(self, config: GuardConfig, average: Callable[[Tensor], Tensor]) -> Callable[[int], Tensor] | None:
+        """Watch the reconstruction losses of the stage.
+
+        Args:
+            config: The guard.
+            average: Averages a tensor over the ranks.
+
+        Returns:
+            From an optimizer step to whether the losses of the last forward may count, on the device; None where the
+            stage has no reconstruction loss.
+        """
+        losses: WeightedLosses = self._outside[0]
+        keys = [item.key for item in losses.items if item.is_reference]
+        if not keys:
+            return None
+        self.guard = Guard(config, keys, average).to(next(self.encoder.parameters()).device)
+        return lambda step: self.guard(losses.reconstruction, step)
+
+    def add_lora(self, config: LoraConfig) -> None:
+        """Freeze the parts that are adapted, and give them low-rank pairs that learn in their place.
+
+        Raises:
+            ConfigError: A part has no such layers, or an adaptive weight is measured at one.
+        """
+        for name in config.parts:
+            add_pairs(self.learning[name], config, name)
+        for at, layer in self._layers.items():
+            if not layer.requires_grad:
+                raise ConfigError(
+                    f"An adaptive weight is measured at the last layer of the {at}, where with lora only pairs learn; "
+                    "give the loss a fixed weight, or leave the part out of lora.parts."
+                )
+
     def _last_layer(self, part: str) -> nn.Parameter:
         layer = getattr(self, part).last_layer()
         name = getattr(self, part).spec.name
@@ -242,7 +277,8 @@ def _submodule(module: nn.Module, path: str) -> nn.Module:
 
 def _float_features(features: Features) -> Features:
     pooled = None if features.pooled is None else features.pooled.float()
-    return Features(tuple(m.float() for m in features.maps), pooled)
+    tokens = None if features.class_tokens is None else tuple(token.float() for token in features.class_tokens)
+    return Features(tuple(m.float() for m in features.maps), pooled, tokens)
 
 
 def _float_posterior(posterior: Posterior) -> Posterior:
