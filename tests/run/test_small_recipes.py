@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 import underpaint
 from underpaint.config.recipe import plain_recipe
@@ -98,3 +100,24 @@ def test_runs_through_all_stages(name: str, tmp_path: Path) -> None:
         assert rows[-1]["skipped"] == 0
     assert isinstance(underpaint.load(tmp_path / "tokenizer"), Tokenizer)
     assert (tmp_path / "generator").exists() == (recipe.diffusion is not None)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo looks
+@pytest.mark.parametrize("name", ["aligntok-small", "vfm-vae-small", "va-vae-small", "rae-small"])
+def test_compiled_equals_eager(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The graphs and their backward passes are those of Inductor; its code generation would take minutes.
+    plain_compile = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **how: plain_compile(self, backend="aot_eager", **how))
+    rows = {}
+    for compiled in (False, True):
+        folder = tmp_path / str(compiled)
+        recipe = load_recipe(f"recipe:{name}", [*overrides(name), f"engine.compile={str(compiled).lower()}"])
+        run_recipe(recipe, folder, until=recipe.stages[0].name)
+        torch._dynamo.reset()
+        rows[compiled] = read_rows(folder / "stages" / recipe.stages[0].name / "metrics.jsonl")
+    assert len(rows[True]) == 2
+    for eager, other in zip(rows[False], rows[True], strict=True):
+        for key in TERMS[name][recipe.stages[0].name] | {"loss", "grad_norm"}:
+            if key in eager:
+                assert other[key] == pytest.approx(eager[key], rel=1e-3, abs=1e-5), key

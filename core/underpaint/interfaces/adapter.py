@@ -14,7 +14,8 @@ from underpaint.interfaces.encoder import Features
 __all__ = ["Adapter", "Posterior"]
 
 
-@attrs.frozen
+# Not frozen: torch.compile cannot trace how a frozen class is made.
+@attrs.define(eq=False)
 class Posterior:
     """A diagonal Gaussian over latents, or a point when `logvar` is None.
 

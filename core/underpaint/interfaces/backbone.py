@@ -14,7 +14,8 @@ from underpaint.interfaces.conditioner import Condition
 __all__ = ["Backbone", "Prediction"]
 
 
-@attrs.frozen
+# Not frozen: torch.compile cannot trace how a frozen class is made.
+@attrs.define(eq=False)
 class Prediction:
     """What a backbone says about a noisy latent.
 

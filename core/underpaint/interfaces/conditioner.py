@@ -15,7 +15,8 @@ from underpaint.interfaces.component import Component
 __all__ = ["Condition", "Conditioner"]
 
 
-@attrs.frozen
+# Not frozen: torch.compile cannot trace how a frozen class is made.
+@attrs.define(eq=False)
 class Condition:
     """What a generation is conditioned on.
 

@@ -12,7 +12,8 @@ from underpaint.interfaces.component import Component
 __all__ = ["Decoder", "Reconstruction"]
 
 
-@attrs.frozen
+# Not frozen: torch.compile cannot trace how a frozen class is made.
+@attrs.define(eq=False)
 class Reconstruction:
     """A decoded batch.
 

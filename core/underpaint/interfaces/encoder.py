@@ -13,7 +13,8 @@ from underpaint.interfaces.component import Component
 __all__ = ["Encoder", "EncoderInfo", "Features"]
 
 
-@attrs.frozen
+# Not frozen: torch.compile cannot trace how a frozen class is made.
+@attrs.define(eq=False)
 class Features:
     """What an encoder sees in a batch of images.
 

@@ -19,6 +19,7 @@ from underpaint.models.tokenizer import Tokenizer
 from underpaint.run.joint_stage import Partner
 from underpaint.run.session import Session
 from underpaint.run.training import StagePlan, train_stage
+from underpaint.training.compilation import units_around
 from underpaint.training.critics import carry_critic
 from underpaint.training.engine import Engine
 from underpaint.training.flops import count_flops
@@ -86,6 +87,9 @@ def run_tokenizer_stage(session: Session, index: int, tokenizer: Tokenizer) -> L
         learner.add_lora(stage.lora)
     keep = None if stage.guard is None else learner.add_guard(stage.guard, ranks.average)
 
+    apart = learner.decoder.last_layer() if "decoder" in losses.adaptive else None
+    units = [learner.encoder, *units_around(learner.decoder, apart), *(partner.blocks if partner else ())]
+
     def batches(start: int, micro_batches: int) -> Iterator[Batch]:
         for batch in data.train_batches(stage.batch, seed=seed, start=start, accumulation=micro_batches, ranks=ranks):
             yield from batch.split(micro_batches)
@@ -115,7 +119,8 @@ def run_tokenizer_stage(session: Session, index: int, tokenizer: Tokenizer) -> L
         StagePlan(
             name=stage.name,
             module=module,
-            compiled=[learner.encoder, learner.decoder, *(partner.blocks if partner else ())],
+            compiled=units,
+            differentiated_again=bool(losses.adaptive),
             parts=module.learning,
             optimizer=stage.optimizer,
             steps=stage.steps,

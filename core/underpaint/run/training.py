@@ -13,6 +13,7 @@ from underpaint.config.schema import ComponentConfig, GuardConfig, OptimizerConf
 from underpaint.registration.manager import manager
 from underpaint.run.session import Session
 from underpaint.training.checkpoint import CheckpointStore
+from underpaint.training.compilation import compile_modules
 from underpaint.training.critics import CriticTrainer
 from underpaint.training.engine import Engine
 from underpaint.training.flops import peak_flops
@@ -40,6 +41,7 @@ class StagePlan:
         name: Name of its folder.
         module: What the engine trains.
         compiled: Modules to compile when the recipe asks for it.
+        differentiated_again: Whether gradients go through them more than once a step.
         parts: Parts with their own learning rate.
         optimizer: Optimizer and schedule.
         steps: Optimizer steps.
@@ -60,6 +62,7 @@ class StagePlan:
     name: str
     module: nn.Module
     compiled: Sequence[nn.Module]
+    differentiated_again: bool = False
     parts: Mapping[str, nn.Module]
     optimizer: OptimizerConfig
     steps: int
@@ -82,9 +85,7 @@ def train_stage(session: Session, plan: StagePlan) -> LoopResult:
     folder = session.folder.stage(plan.name)
     folder.mkdir(parents=True, exist_ok=True)
     if config.compile:
-        for part in plan.compiled:
-            # Sizes are few and fixed; dynamic shapes cost speed, and some kernels do not compile with them.
-            part.compile(dynamic=False)
+        compile_modules(plan.compiled, differentiated_again=plan.differentiated_again)
     micro_batch = plan.batch // (ranks.world_size * config.accumulation)
     critics = [
         CriticTrainer(
