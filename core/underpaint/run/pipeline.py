@@ -168,7 +168,10 @@ def _run(session: Session, until: str | None) -> None:
         assert isinstance(generator, Generator)
         found, shown = _measured_generation(session, generator.to(ranks.device))
         numbers += found
-        pictures |= {"samples": shown.images, "sample_labels": shown.labels}
+        asked = {"captions": np.array(shown.captions)}
+        if shown.captions is None:
+            asked = {"labels": shown.labels, "classes": np.array(data.classes or ("",))}
+        pictures["samples"] = {"images": shown.images, **asked}
     return _finish(session, numbers, pictures, timings)
 
 
@@ -241,12 +244,7 @@ def _keep(session: Session, numbers: list[Number], pictures: dict[str, Any], tim
     if tokens:
         np.savez_compressed(folder.samples / "reconstructions.npz", **tokens)
     if "samples" in pictures:
-        np.savez_compressed(
-            folder.samples / "samples.npz",
-            images=pictures["samples"],
-            labels=pictures["sample_labels"],
-            classes=np.array(session.data.classes or ("",)),
-        )
+        np.savez_compressed(folder.samples / "samples.npz", **pictures["samples"])
     provenance.update(folder.provenance, seconds={name: round(value, 1) for name, value in timings.items()})
 
 
