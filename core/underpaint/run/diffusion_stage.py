@@ -14,6 +14,7 @@ from torch import Tensor
 from underpaint.config.schema import ComponentConfig
 from underpaint.data.latents import LatentCache
 from underpaint.data.loader import Batch
+from underpaint.data.order import Blocks
 from underpaint.data.transforms import to_tensor
 from underpaint.interfaces.encoder import Encoder
 from underpaint.interfaces.loss import StepSizes
@@ -90,11 +91,13 @@ def run_diffusion_stage(session: Session, tokenizer: Tokenizer, cache: LatentCac
     one = LatentBatch(torch.zeros(1, *shape), _first_input(conditioner.accepts), slice(0, 1), black)
     flops = count_flops(module, lambda: _call(module, one, noise, companion, 0, ranks.device)[0])
     samples = session.data.train_indices[cache.positions]
+    latents = recipe.latents
+    blocks = Blocks(latents.block, latents.window) if latents.read == "sequential" else None
 
     def batches(start: int, micro_batches: int) -> Iterator[LatentBatch]:
         images = None
         if with_images:
-            images = latent_images(session.data, samples, config.batch, seed, start, micro_batches, ranks)
+            images = latent_images(session.data, samples, config.batch, seed, start, micro_batches, ranks, blocks)
         return latent_batches(
             cache,
             accepts=conditioner.accepts,
@@ -103,6 +106,7 @@ def run_diffusion_stage(session: Session, tokenizer: Tokenizer, cache: LatentCac
             ranks=ranks,
             seed=seed,
             start=start,
+            blocks=blocks,
             images=images,
             samples=samples,
         )
@@ -160,15 +164,22 @@ def _companion(config: ComponentConfig | None, device: torch.device) -> Encoder 
 
 
 def latent_images(
-    data: RunData, samples: NDArray[np.int64], batch: int, seed: int, start: int, accumulation: int, ranks: Ranks
+    data: RunData,
+    samples: NDArray[np.int64],
+    batch: int,
+    seed: int,
+    start: int,
+    accumulation: int,
+    ranks: Ranks,
+    blocks: Blocks | None = None,
 ) -> Iterator[Batch]:
     """Return the images of the latents, as they were encoded.
 
-    The readers shuffle as `latent_batches` does: by an `Order` of as many samples and the same seed.
+    The readers shuffle as `latent_batches` does: by an `Order` of as many samples, the same seed and the same blocks.
     """
     plain = attrs.evolve(data.config, crop="center", resize=None, flip=False)
     same = attrs.evolve(data, config=plain, train_indices=samples)
-    return same.train_batches(batch, seed=seed, start=start, accumulation=accumulation, ranks=ranks)
+    return same.train_batches(batch, seed=seed, start=start, accumulation=accumulation, ranks=ranks, blocks=blocks)
 
 
 def _first_input(accepts: str) -> Tensor | list[str]:
