@@ -221,14 +221,14 @@ class TokenizerConfig:
         encoder: Encoder.
         adapter: Adapter.
         decoder: Decoder.
-        latent_channels: d of the latent.
+        latent_channels: d of the latent; None is 32, or that of the tokenizer that is loaded, which it must equal.
         load: Folder or URL of an exported tokenizer to start from, instead of the three.
     """
 
     encoder: ComponentConfig | None = None
     adapter: ComponentConfig | None = None
     decoder: ComponentConfig | None = None
-    latent_channels: int = attrs.field(default=32, validator=_positive)
+    latent_channels: int | None = attrs.field(default=None, validator=_optional_positive)
     load: str | None = None
 
     def __attrs_post_init__(self) -> None:

@@ -24,7 +24,7 @@ import resource
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import attrs
 import numpy as np
@@ -42,6 +42,7 @@ FORMAT = 2
 STATISTICS = "statistics.npy"
 _HEADER = 128
 _MANY = 2**16
+_T = TypeVar("_T")
 
 
 @attrs.frozen(kw_only=True)
@@ -305,7 +306,7 @@ class LatentCache:
             self._tables[shard] = {"label": labels, "key": batch.column("key"), "text": batch.column("text")}
         return self._latest(self._tables, shard)
 
-    def _latest(self, opened: OrderedDict[int, Any], key: int) -> Any:
+    def _latest(self, opened: OrderedDict[int, _T], key: int) -> _T:
         """Return an open file; those that were not used for longest are closed when there are too many."""
         opened.move_to_end(key)
         while len(opened) > self._open_files:

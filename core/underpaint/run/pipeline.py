@@ -27,7 +27,7 @@ from underpaint.models.tokenizer import Tokenizer
 from underpaint.registration.manager import manager
 from underpaint.run import provenance
 from underpaint.run.data import RunData, build_cache, cache_statistics, open_run_data
-from underpaint.run.diffusion_stage import run_diffusion_stage
+from underpaint.run.diffusion_stage import check_diffusion, run_diffusion_stage
 from underpaint.run.folder import RunFolder
 from underpaint.run.notes import write_notes
 from underpaint.run.session import Session
@@ -115,6 +115,8 @@ def _run(session: Session, until: str | None) -> None:
     timings: dict[str, float] = {}
     tokenizer = build_tokenizer(recipe.tokenizer, recipe.seed)
     tokenizer.grid(data.config.height, data.config.width)
+    if recipe.diffusion is not None:
+        check_diffusion(recipe, tokenizer, data)
     metrics = make_metrics(recipe.evaluation.reconstruction, ranks.device)
     # A decoder that nothing has trained yet shows noise.
     decodes = recipe.tokenizer.load is not None
@@ -168,7 +170,7 @@ def _run(session: Session, until: str | None) -> None:
         assert isinstance(generator, Generator)
         found, shown = _measured_generation(session, generator.to(ranks.device))
         numbers += found
-        asked = {"captions": np.array(shown.captions)}
+        asked: dict[str, Any] = {"captions": np.array(shown.captions)}
         if shown.captions is None:
             asked = {"labels": shown.labels, "classes": np.array(data.classes or ("",))}
         pictures["samples"] = {"images": shown.images, **asked}
