@@ -58,7 +58,7 @@ class ResidentImages:
         workers: int,
         start_step: int,
         accumulation: int,
-        blocks: Blocks | None,
+        blocks: Blocks | None = None,
         max_broken: float,
     ) -> None:
         if batch % (world_size * accumulation):
