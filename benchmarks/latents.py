@@ -1,14 +1,16 @@
-"""Random batches from a latent cache in memory: samples and bytes per second, with one and more processes.
+"""Batches from a latent cache, at random and in blocks: samples and bytes per second, with one and more processes.
 
     python benchmarks/latents.py --out benchmarks/results/NAME.json
 
-Writes synthetic latents as `underpaint encode` does, and reads shuffled batches of them as diffusion training does.
+Writes synthetic latents as `underpaint encode` does, and reads batches of them with the code of diffusion training,
+every process as one rank. ``cached`` latents lie in the page cache; ``cold`` ones have to come from the disk.
 8 GPUs at 700 images per second each need 5,600 samples per second.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -19,6 +21,7 @@ import time
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +29,8 @@ import torch
 
 from underpaint.data.latent_writer import LatentCacheWriter
 from underpaint.data.latents import CacheIdentity, LatentCache
-from underpaint.data.order import Order, sample_seed
+from underpaint.data.order import Blocks
+from underpaint.training.latent_batches import latent_batches
 
 TARGET = 8 * 700
 
@@ -53,32 +57,47 @@ def write(folder: Path, arguments: argparse.Namespace) -> None:
     writer.finish()
 
 
-def read(folder: Path, rank: int, world_size: int, arguments: argparse.Namespace, start: Any, results: Any) -> None:
+def read(
+    folder: Path, rank: int, world_size: int, how: tuple[str, str], arguments: argparse.Namespace, start: Any, out: Any
+) -> None:
     torch.set_num_threads(arguments.threads)
     cache = LatentCache(folder, statistics=arguments.statistics)
-    order = Order(len(cache), 0)
-    for indices in np.array_split(np.arange(len(cache)), -(-len(cache) // arguments.batch)):
-        cache.read(indices, seeds=range(len(indices)))  # into the page cache
+    order, state = how
+    if state == "cached":
+        for indices in np.array_split(np.arange(len(cache)), -(-len(cache) // 1024)):
+            cache.read(indices, seeds=range(len(indices)))
+    ranks: Any = SimpleNamespace(rank=rank, world_size=world_size)
+    stream = latent_batches(
+        cache,
+        accepts="label",
+        batch=arguments.batch * world_size,
+        accumulation=1,
+        ranks=ranks,
+        seed=0,
+        start=0,
+        blocks=Blocks(arguments.block, arguments.window) if order == "sequential" else None,
+    )
     start.wait()
-    begin, worked = time.perf_counter(), time.process_time()
-    count, step = 0, rank
-    while time.perf_counter() - begin < arguments.seconds:
-        positions = range(step * arguments.batch, (step + 1) * arguments.batch)
-        indices = order.indices(positions)
-        latents = cache.read(indices, seeds=[sample_seed(0, position, 1) for position in positions])
-        cache.standardise(latents)
-        cache.labels(indices)
-        count += len(indices)
-        step += world_size
-    results.put((count / (time.perf_counter() - begin), count / (time.process_time() - worked)))
+    begin, worked, count = time.perf_counter(), time.process_time(), 0
+    # One pass at most: what comes after it would be cached.
+    most = len(cache) // world_size if state == "cold" else None
+    while time.perf_counter() - begin < arguments.seconds and (most is None or count < most):
+        count += len(next(stream).latents)
+    out.put((count / (time.perf_counter() - begin), count / (time.process_time() - worked)))
+    stream.close()  # type: ignore[attr-defined]
 
 
-def measured(folder: Path, processes: int, arguments: argparse.Namespace) -> tuple[float, float]:
+def measured(folder: Path, processes: int, how: tuple[str, str], arguments: argparse.Namespace) -> tuple[float, float]:
     """Return samples per second of some processes together, and per second of one core, whatever else it had to do."""
+    if how[1] == "cold":
+        for path in folder.iterdir():
+            file = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(file)
     context = multiprocessing.get_context("spawn")
     start, results = context.Barrier(processes), context.Queue()
     readers = [
-        context.Process(target=read, args=(folder, rank, processes, arguments, start, results))
+        context.Process(target=read, args=(folder, rank, processes, how, arguments, start, results))
         for rank in range(processes)
     ]
     for reader in readers:
@@ -108,13 +127,15 @@ def commit() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--count", type=int, default=50_000, help="latents to write")
+    parser.add_argument("--count", type=int, default=100_000, help="latents to write")
     parser.add_argument("--shape", type=int, nargs=3, default=(32, 16, 16), metavar=("D", "H", "W"))
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--store", choices=["mode", "posterior"], default="mode")
     parser.add_argument("--statistics", choices=["channel", "position"], default="channel")
     parser.add_argument("--shard", type=int, default=4096)
-    parser.add_argument("--batch", type=int, default=1024)
+    parser.add_argument("--batch", type=int, default=128, help="samples of a batch of one process")
+    parser.add_argument("--block", type=int, default=1024, help="samples of a block, read in order")
+    parser.add_argument("--window", type=int, default=16, help="blocks of a window, read in order")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--threads", type=int, default=1, help="threads of each process")
     parser.add_argument("--seconds", type=float, default=5.0, help="how long to read, for each number of processes")
@@ -136,19 +157,24 @@ def main() -> None:
         begin = time.perf_counter()
         write(Path(folder), arguments)
         record["write_samples_per_second"] = round(arguments.count / (time.perf_counter() - begin))
-        for processes in arguments.processes:
-            rate, per_core = measured(Path(folder), processes, arguments)
+        orders = itertools.product(("random", "sequential"), ("cached", "cold"), arguments.processes)
+        for order, state, processes in orders:
+            rate, per_core = measured(Path(folder), processes, (order, state), arguments)
             row = {
+                "order": order,
+                "state": state,
                 "processes": processes,
                 "samples_per_second": round(rate),
                 "gb_per_second": round(rate * size / 1e9, 3),
+                "times_the_target": round(rate / TARGET, 2),
                 "samples_per_core_second": round(per_core),
                 "load": round(os.getloadavg()[0], 1),
             }
             record["rows"].append(row)
             print(
-                f"{processes} processes: {row['samples_per_second']:,} samples/s, {row['gb_per_second']} GB/s, "
-                f"{rate / TARGET:.1f} times the target; {row['samples_per_core_second']:,} per core second",
+                f"{order}, {state}, {processes} processes: {row['samples_per_second']:,} samples/s, "
+                f"{row['gb_per_second']} GB/s, {row['times_the_target']} times the target; "
+                f"{row['samples_per_core_second']:,} per core second",
                 flush=True,
             )
     arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

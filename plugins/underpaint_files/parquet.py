@@ -45,8 +45,9 @@ class Parquet(Dataset):
                 groups += [
                     (number, group, metadata.row_group(group).num_rows) for group in range(metadata.num_row_groups)
                 ]
-                if columns.label is not None and names is None and config.classes is None:
-                    highest = max(highest, _highest(file, columns.label))
+                if columns.label is not None:
+                    unnamed = names is None and config.classes is None
+                    highest = max(highest, _highest(file, columns.label, search=unnamed))
         self._groups = np.array([group[:2] for group in groups], dtype=np.int64).reshape(-1, 2)
         self._starts = np.cumsum([0, *(rows for _, _, rows in groups)], dtype=np.int64)
         if config.classes is not None:
@@ -55,6 +56,11 @@ class Parquet(Dataset):
             self.classes = names
         else:
             self.classes = tuple(str(label) for label in range(highest + 1))
+        if highest >= len(self.classes):
+            raise DataError(
+                f"The data at '{config.path}' have labels up to {highest}, and there are names for {len(self.classes)} "
+                "classes only; name all of them, or correct the labels."
+            )
         self.has_text = self._columns.text is not None
 
     def __len__(self) -> int:
@@ -171,12 +177,14 @@ def _names_in(schema: pa.Schema, label: str | None) -> tuple[str, ...] | None:
         return None
 
 
-def _highest(file: Any, label: str) -> int:
-    """Return the largest label of a file, from its statistics where it has them."""
+def _highest(file: Any, label: str, search: bool) -> int:
+    """Return the largest label of a file, from its statistics; without them by a search, or -1."""
     metadata = file.metadata
     position = [metadata.schema.column(i).path for i in range(metadata.num_columns)].index(label)
     chunks = [metadata.row_group(i).column(position).statistics for i in range(metadata.num_row_groups)]
     if all(chunk is not None and chunk.has_min_max for chunk in chunks):
         return max((int(chunk.max) for chunk in chunks), default=-1)
+    if not search:
+        return -1
     values = [value for value in file.read(columns=[label]).column(label).to_pylist() if value is not None]
     return max(values, default=-1)

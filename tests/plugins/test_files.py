@@ -286,7 +286,12 @@ def test_a_bad_file_of_class_names_is_an_error(tmp_path, content, said):
 
 def test_a_label_without_a_name_is_an_error(tmp_path):
     (tmp_path / "names.json").write_text('["ant", "bee"]')
-    dataset = parquet(tmp_path / "a.parquet", rows(4), classes=str(tmp_path / "names.json"))
+    (tmp_path / "b").mkdir()
+    with pytest.raises(DataError, match="have labels up to 2, and there are names for 2 classes only"):
+        parquet(tmp_path / "a.parquet", rows(4), classes=str(tmp_path / "names.json"))
+    # Without statistics it is not worth reading all labels: the sample itself is refused.
+    pq.write_table(rows(4), tmp_path / "b" / "a.parquet", write_statistics=False)
+    dataset = create("dataset", "files/parquet", path=str(tmp_path / "b"), classes=str(tmp_path / "names.json"))
     assert dataset[1].label == 1
     with pytest.raises(DataError, match=r"'a.parquet:2' has label 2, and there are names for 2 classes"):
         _ = dataset[2]

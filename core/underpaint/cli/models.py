@@ -7,16 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 import click
+import yaml
 
 from underpaint.cli.output import print_json, print_table
-from underpaint.config.schema import ComponentConfig, DataConfig, EvaluationConfig, GuidanceConfig, LatentsConfig
+from underpaint.config.schema import ComponentConfig, DataConfig, EvaluationConfig, LatentsConfig
+from underpaint.config.structure import structure
 from underpaint.errors import ConfigError, DataError, UnderpaintError
 
 if TYPE_CHECKING:
     import torch
 
     from underpaint.data.latents import LatentCache
-    from underpaint.models.generator import Generator
+    from underpaint.models.generator import Generator, SamplingSettings
     from underpaint.models.tokenizer import Tokenizer
     from underpaint.run.data import RunData
 
@@ -26,6 +28,8 @@ _data = click.option("--data", required=True, metavar="PATH", help="Images: a fo
 _size = click.option("--size", type=int, metavar="PX", help="Side of the square crop.  [default: as trained]")
 _device = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+_steps = click.option("--steps", type=click.IntRange(1), help="Solver steps for samples.  [default: the generator's]")
+_guidance = click.option("--guidance", type=float, help="Guidance scale for samples.  [default: the generator's]")
 _batch = click.option("--batch", type=click.IntRange(1), default=32, show_default=True, help="Images at once.")
 
 
@@ -219,8 +223,8 @@ def _reconstruction(tokenizer: Tokenizer, data: RunData, count: int, batch: int,
 @click.option("--count", type=click.IntRange(1), default=16, show_default=True, help="Images.")
 @click.option("--labels", metavar="LIST", help="Class indices separated by commas, repeated as needed.")
 @click.option("--text", multiple=True, help="Captions, for generators that take text.")
-@click.option("--steps", type=click.IntRange(1), help="Solver steps.  [default: the generator's]")
-@click.option("--guidance", type=float, help="Guidance scale.  [default: the generator's]")
+@_steps
+@_guidance
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the first image; the next counts on.")
 @_batch
 @_device
@@ -245,12 +249,7 @@ def sample(
     from underpaint.report.pictures import contact_sheet
 
     generator = _load_generator(model).to(_pick(device))
-    settings = generator.settings
-    if steps is not None:
-        options = {**settings.sampler.options, "steps": steps}
-        settings = attrs.evolve(settings, sampler=attrs.evolve(settings.sampler, options=options))
-    if guidance is not None:
-        settings = attrs.evolve(settings, guidance=attrs.evolve(settings.guidance, scale=guidance))
+    settings = _settings(generator, steps, guidance)
     inputs = _sample_inputs(generator, labels, text, count)
     images = []
     for start in range(0, count, batch):
@@ -265,6 +264,17 @@ def sample(
     np.savez(out / "samples.npz", **kept)
     write_atomically(out / "grid.png", contact_sheet(pixels[:64], min(8, count)))
     click.echo(f"{count} images: {out / 'grid.png'} and {out / 'samples.npz'}")
+
+
+def _settings(generator: Generator, steps: int | None, guidance: float | None) -> SamplingSettings:
+    """Return the generator's own settings with what was asked for in their place."""
+    settings = generator.settings
+    if steps is not None:
+        options = {**settings.sampler.options, "steps": steps}
+        settings = attrs.evolve(settings, sampler=attrs.evolve(settings.sampler, options=options))
+    if guidance is not None:
+        settings = attrs.evolve(settings, guidance=attrs.evolve(settings.guidance, scale=guidance))
+    return settings
 
 
 def _sample_inputs(generator: Generator, labels: str | None, text: tuple[str, ...], count: int) -> Any:
@@ -293,9 +303,13 @@ def _sample_inputs(generator: Generator, labels: str | None, text: tuple[str, ..
 @click.argument("model")
 @_data
 @click.option("--count", type=click.IntRange(2), default=1000, show_default=True, help="Images per number.")
-@click.option("--metric", multiple=True, help="Distance between sets for samples, such as 'frechet'; repeatable.")
-@click.option("--steps", type=click.IntRange(1), default=50, show_default=True, help="Solver steps for samples.")
-@click.option("--guidance", type=float, default=1.0, show_default=True, help="Guidance scale for samples.")
+@click.option(
+    "--metric",
+    multiple=True,
+    help="Distance between sets for samples, as in a recipe: '{name: frechet, encoder: tiny/vit}'; repeatable.",
+)
+@_steps
+@_guidance
 @click.option("--seed", type=int, default=0, show_default=True)
 @_size
 @_batch
@@ -309,8 +323,8 @@ def evaluate(
     data: str,
     count: int,
     metric: tuple[str, ...],
-    steps: int,
-    guidance: float,
+    steps: int | None,
+    guidance: float | None,
     seed: int,
     size: int | None,
     batch: int,
@@ -328,6 +342,7 @@ def evaluate(
     from underpaint.models.folders import load_folder
     from underpaint.models.generator import Generator
 
+    metrics = make_metrics([structure(_parsed(text), ComponentConfig, "--metric") for text in metric], _pick(device))
     found = load_folder(model).to(_pick(device))
     if isinstance(found, Denoiser):
         raise DataError(
@@ -338,18 +353,15 @@ def evaluate(
     images = _open(data, tokenizer, size)
     numbers, _ = _reconstruction(tokenizer, images, count, batch, 1)
     if isinstance(found, Generator) and metric:
+        settings = _settings(found, steps, guidance)
         config = EvaluationConfig(
-            images=count,
-            batch=batch,
-            sampler=ComponentConfig(name="euler", options={"steps": steps}),
-            guidance=GuidanceConfig(scale=guidance),
-            seed=seed,
+            images=count, batch=batch, sampler=settings.sampler, guidance=settings.guidance, seed=seed
         )
-        metrics = make_metrics([ComponentConfig(name=name) for name in metric], _pick(device))
-        references = ImagePass(
-            images.validation, transform=images.plain_crop(), batch=batch, indices=images.validation_indices[:count]
-        )
+        chosen = images.validation_indices[:count]
+        references = ImagePass(images.validation, transform=images.plain_crop(), batch=batch, indices=chosen)
         facts = {"data": images.validation.spec.name, "data_hash": images.fingerprint("validation")}
+        if found.conditioner.accepts == "text":
+            count = len(chosen)  # a sample for each caption
         more, _ = measure_generation(found, references, metrics, config, count=count, facts=facts)
         numbers += more
     if save is not None:
@@ -357,6 +369,16 @@ def evaluate(
     _show(numbers, as_json)
     if compare is not None:
         _compare(numbers, read_numbers(compare), force)
+
+
+def _parsed(text: str) -> Any:
+    """Read a component as recipes write it."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(
+            f"--metric is '{text}'; write a name, or name and options as '{{name: frechet, encoder: tiny/vit}}'."
+        ) from None
 
 
 def _compare(numbers: list[Any], earlier: list[Any], force: bool) -> None:

@@ -226,14 +226,14 @@ class TokenizerConfig:
         encoder: Encoder.
         adapter: Adapter.
         decoder: Decoder.
-        latent_channels: d of the latent.
+        latent_channels: d of the latent; None is 32, or that of the tokenizer that is loaded, which it must equal.
         load: Folder or URL of an exported tokenizer to start from, instead of the three.
     """
 
     encoder: ComponentConfig | None = None
     adapter: ComponentConfig | None = None
     decoder: ComponentConfig | None = None
-    latent_channels: int = attrs.field(default=32, validator=_positive)
+    latent_channels: int | None = attrs.field(default=None, validator=_optional_positive)
     load: str | None = None
 
     def __attrs_post_init__(self) -> None:
@@ -379,6 +379,11 @@ class LatentsConfig:
             ``position`` of each channel. The cache holds both.
         shard: Samples per shard file.
         batch: Images encoded at once, per rank.
+        read: How training reads them. ``random`` shuffles all samples, and is for caches that fit into memory (the page
+            cache). ``sequential`` shuffles blocks of consecutive samples, and the samples within a window of blocks;
+            files are read in pieces of a block, by every machine all of them, a window ahead.
+        block: Samples of a block, for ``sequential``.
+        window: Blocks of a window, for ``sequential``; two windows should fit into memory.
     """
 
     flip: bool = False
@@ -387,6 +392,9 @@ class LatentsConfig:
     statistics: Literal["channel", "position"] = "channel"
     shard: int = attrs.field(default=4096, validator=_positive)
     batch: int = attrs.field(default=64, validator=_positive)
+    read: Literal["random", "sequential"] = "random"
+    block: int = attrs.field(default=1024, validator=_positive)
+    window: int = attrs.field(default=16, validator=_positive)
 
 
 @attrs.frozen(kw_only=True)

@@ -18,9 +18,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
+import resource
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import attrs
 import numpy as np
@@ -36,6 +40,9 @@ __all__ = ["CacheIdentity", "LatentCache", "draw_latents"]
 
 FORMAT = 2
 STATISTICS = "statistics.npy"
+_HEADER = 128
+_MANY = 2**16
+_T = TypeVar("_T")
 
 
 @attrs.frozen(kw_only=True)
@@ -151,8 +158,9 @@ class LatentCache:
         std = np.sqrt(moments[1])
         self.mean = torch.from_numpy(moments[0]).float()
         self.std = torch.from_numpy(np.where(std > 0.0, std, 1.0)).float()
-        self._arrays: dict[int, NDArray[Any]] = {}
-        self._tables: dict[int, Any] = {}
+        self._arrays: OrderedDict[int, NDArray[Any]] = OrderedDict()
+        self._tables: OrderedDict[int, Any] = OrderedDict()
+        self._open_files = _files_at_once() // 4
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -196,6 +204,24 @@ class LatentCache:
         mean, logvar = values.chunk(2, dim=1)
         return draw_latents(mean, logvar, seeds)
 
+    def prefetch(self, span: range) -> None:
+        """Have the system read consecutive latents into memory, in one piece for each file, without waiting for it.
+
+        Args:
+            span: Indices into the cache; what is read of their files may hold some more.
+        """
+        if not len(span) or not hasattr(os, "posix_fadvise"):
+            return
+        shards, rows = self._located(np.array([span[0], span[-1]]))
+        row_bytes = math.prod(self.identity.stored_shape) * self.identity.stored_dtype.itemsize
+        for shard in range(int(shards[0]), int(shards[1]) + 1):
+            start = int(rows[0]) if shard == shards[0] else 0
+            stop = int(rows[1]) + 1 if shard == shards[1] else self.records[shard]["count"]
+            *arrays, table = file_names(shard, self.identity.flip)
+            for name in arrays:
+                _advise(self.folder / name, start * row_bytes, (stop - start) * row_bytes + _HEADER)
+            _advise(self.folder / table, 0, 0)
+
     def labels(self, indices: NDArray[np.integer[Any]]) -> Tensor:
         """Return B class indices, int64; -1 where a sample has none."""
         shards, rows = self._located(indices)
@@ -222,7 +248,7 @@ class LatentCache:
         return (latents * self.std.to(latents)).add_(self.mean.to(latents))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_arrays": {}, "_tables": {}}
+        return {**self.__dict__, "_arrays": OrderedDict(), "_tables": OrderedDict()}
 
     def _index(self) -> dict[str, Any]:
         path = self.folder / "index.json"
@@ -265,7 +291,7 @@ class LatentCache:
                 self._arrays[file] = open_array(path, self.identity, self.records[shard]["count"])
             except FileNotFoundError:
                 raise self._damaged(path.name, "is missing") from None
-        return self._arrays[file]
+        return self._latest(self._arrays, file)
 
     def _table(self, shard: int) -> Any:
         if shard not in self._tables:
@@ -278,11 +304,40 @@ class LatentCache:
                 raise self._damaged(name, f"cannot be read ({error})") from error
             labels = batch.column("label").fill_null(-1).to_numpy(zero_copy_only=False)
             self._tables[shard] = {"label": labels, "key": batch.column("key"), "text": batch.column("text")}
-        return self._tables[shard]
+        return self._latest(self._tables, shard)
+
+    def _latest(self, opened: OrderedDict[int, _T], key: int) -> _T:
+        """Return an open file; those that were not used for longest are closed when there are too many."""
+        opened.move_to_end(key)
+        while len(opened) > self._open_files:
+            opened.popitem(last=False)
+        return opened[key]
 
     def _strings(self, column: str, indices: NDArray[np.integer[Any]]) -> list[str | None]:
         shards, rows = self._located(indices)
         return [self._table(s)[column][r].as_py() for s, r in zip(shards.tolist(), rows.tolist(), strict=True)]
+
+
+def _files_at_once() -> int:
+    """Raise the number of files that this process may open as far as the system lets it, and return it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MANY if hard == resource.RLIM_INFINITY else min(hard, _MANY)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        # Every mapped file counts, and ImageNet has nearly as many as the usual 1,024.
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return most
+
+
+def _advise(path: Path, start: int, count: int) -> None:
+    """Tell the system that bytes of a file are needed soon; all to its end where `count` is 0."""
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except OSError:
+        return  # reading says what is wrong
+    try:
+        os.posix_fadvise(file, start, count, os.POSIX_FADV_WILLNEED)
+    finally:
+        os.close(file)
 
 
 def draw_latents(mean: Tensor, logvar: Tensor, seeds: Sequence[int]) -> Tensor:

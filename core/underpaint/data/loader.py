@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from underpaint.data.order import Order, sample_seed
+from underpaint.data.order import Blocks, Order, sample_seed
 from underpaint.data.shipping import Shipped
 from underpaint.errors import BrokenImageError, ConfigError, DataError, UnderpaintError
 from underpaint.interfaces.dataset import Dataset, Sample
@@ -100,6 +100,7 @@ class ImageLoader:
         workers: Reading processes; 0 reads in this one.
         start_step: Steps already done.
         accumulation: Micro-batches that `Batch.split` will be asked for.
+        blocks: Blocks of the order; None shuffles all samples.
         max_broken: Share of broken samples, of this rank's reads, above which reading stops: judged from 100
             reads on, when chance no longer explains the excess (three standard deviations).
 
@@ -121,6 +122,7 @@ class ImageLoader:
         workers: int = 0,
         start_step: int = 0,
         accumulation: int = 1,
+        blocks: Blocks | None = None,
         max_broken: float = 0.01,
     ) -> None:
         if batch < 1 or batch % (world_size * accumulation):
@@ -129,7 +131,8 @@ class ImageLoader:
                 f"make it a multiple of {world_size * accumulation}."
             )
         assert 0 <= rank < world_size
-        self._reader = _Reader(dataset, transform, _chosen(dataset, indices), seed, shuffled=True)
+        chosen = _chosen(dataset, indices)
+        self._reader = _Reader(dataset, transform, chosen, seed, Order(len(chosen), seed, blocks))
         self._batch, self._rank, self._per_rank = batch, rank, batch // world_size
         self._workers = workers
         self._step = start_step
@@ -209,7 +212,7 @@ class ImagePass:
         chosen = _chosen(dataset, indices)
         count = len(chosen)
         share = range(count * rank // world_size, count * (rank + 1) // world_size)
-        self._reader = _Reader(dataset, transform, chosen, seed, shuffled=False)
+        self._reader = _Reader(dataset, transform, chosen, seed, None)
         self._slices = [range(i, min(i + batch, share.stop)) for i in range(share.start, share.stop, batch)]
         self._workers = workers
         self._ledger = _Ledger(max_broken)
@@ -271,14 +274,13 @@ class _Reader(torch.utils.data.Dataset[_Read]):
         transform: Transform,
         chosen: range | NDArray[np.int64],
         seed: int,
-        *,
-        shuffled: bool,
+        order: Order | None,
     ) -> None:
         self._dataset = Shipped(dataset)
         self._transform = transform
         self._chosen = chosen
         self._seed = seed
-        self._order = Order(len(chosen), seed) if shuffled else None
+        self._order = order
 
     def __getitem__(self, positions: range) -> _Read:
         broken: list[BrokenImageError] = []

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from underpaint.data.loader import Batch, ImagePass, Transform
-from underpaint.data.order import Order, sample_seed
+from underpaint.data.order import Blocks, Order, sample_seed
 from underpaint.errors import ConfigError
 from underpaint.interfaces.dataset import Dataset
 
@@ -35,6 +35,7 @@ class ResidentImages:
         workers: Reading processes.
         start_step: Steps already done.
         accumulation: Micro-batches that `Batch.split` will be asked for.
+        blocks: Blocks of the order; None shuffles all samples.
         max_broken: Share of broken samples above which reading stops.
 
     Raises:
@@ -57,6 +58,7 @@ class ResidentImages:
         workers: int,
         start_step: int,
         accumulation: int,
+        blocks: Blocks | None = None,
         max_broken: float,
     ) -> None:
         if batch % (world_size * accumulation):
@@ -79,7 +81,7 @@ class ResidentImages:
         self._texts = [text for part in found for text in part.texts or ()]
         self._keys = [key for part in found for key in part.keys]
         self._indices = torch.cat([part.indices for part in found])
-        self._order = Order(len(self._keys), seed)
+        self._order = Order(len(self._keys), seed, blocks)
         self._batch, self._seed, self._flip = batch, seed, flip
         self._rank, self._share = rank, batch // world_size
         self._step = start_step

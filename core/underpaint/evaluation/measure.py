@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from underpaint.config.schema import ComponentConfig, EvaluationConfig
 from underpaint.data.loader import Batch
 from underpaint.data.transforms import to_tensor, to_uint8
-from underpaint.errors import ConfigError
+from underpaint.errors import ConfigError, DataError
 from underpaint.evaluation.protocol import Number
 from underpaint.interfaces.metric import Metric
 from underpaint.models.generator import Generator, SamplingSettings
@@ -32,12 +33,14 @@ class Shown:
         images: N×H×W×3 uint8: reconstructions or samples.
         latents: N×d×h×w float32, or None.
         labels: N class indices, or None.
+        captions: N texts that samples were drawn for, or None.
     """
 
     images: NDArray[np.uint8]
     originals: NDArray[np.uint8] | None = None
     latents: NDArray[np.float32] | None = None
     labels: NDArray[np.int64] | None = None
+    captions: list[str] | None = None
 
 
 def make_metrics(configs: Sequence[ComponentConfig], device: torch.device) -> list[Metric]:
@@ -109,12 +112,14 @@ def measure_generation(
 ) -> tuple[list[Number], Shown]:
     """Compare samples with reference images as two sets.
 
+    A generator of texts draws one sample for the caption of each reference.
+
     Args:
         generator: On its device, in evaluation mode.
         references: This rank's reference images.
         metrics: Distances between sets.
         config: Sampler, guidance, labels, seed, batch.
-        count: Samples in all.
+        count: Samples in all; for a generator of texts, the number of the references.
         facts: What the protocol says of the references.
         rank: Each rank draws its share of the batches.
         world_size: Number of ranks.
@@ -124,6 +129,7 @@ def measure_generation(
 
     Raises:
         ConfigError: A metric compares image by image, which samples have no originals for.
+        DataError: The generator takes texts, and the references have no captions.
     """
     for metric in metrics:
         if metric.paired:
@@ -133,38 +139,62 @@ def measure_generation(
             )
     device = next(generator.backbone.parameters()).device
     settings = SamplingSettings(sampler=config.sampler, guidance=config.guidance)
+    by_text = generator.conditioner.accepts == "text"
     # Before anything is drawn: what is wrong with the settings is said at once.
     protocol = {
         **facts,
         "compared": "samples with images",
         "samples": count,
         **generator.protocol(settings),
-        "labels": config.labels,
+        **({"captions": "those of the images"} if by_text else {"labels": config.labels}),
         "seed": config.seed,
     }
     images: list[NDArray[np.uint8]] = []
-    labels: list[NDArray[np.int64]] = []
-    shown = 0
-    for index, (inputs, seeds) in enumerate(generator.batches(count, config.batch, config.labels, config.seed)):
-        if index % world_size != rank:
-            continue
+    asked: list[Any] = []
+    rest = iter(references)
+    for inputs, seeds, batch in _draws(generator, rest, config, count, rank, world_size):
         pixels = to_uint8(generator.sample(inputs, seeds=seeds, settings=settings))
         for metric in metrics:
             metric.update(to_tensor(pixels), None)
-        if shown < config.show:
-            take = min(config.show - shown, len(pixels))
+        if batch is not None:
+            _refer(metrics, batch, device)
+        take = min(config.show - len(asked), len(pixels))
+        if take > 0:
             images.append(pixels[:take].cpu().numpy())
-            labels.append(inputs[:take].numpy())
-            shown += take
-    for batch in references:
-        for metric in metrics:
-            if metric.needs_references:
-                metric.update(None, to_tensor(batch.images.to(device)))
+            asked += inputs[:take].tolist() if isinstance(inputs, Tensor) else inputs[:take]
+    for batch in rest:
+        _refer(metrics, batch, device)
     found = Shown(
         np.concatenate(images) if images else np.zeros((0, 1, 1, 3), np.uint8),
-        labels=np.concatenate(labels) if labels else np.zeros(0, np.int64),
+        labels=None if by_text else np.array(asked, dtype=np.int64),
+        captions=asked if by_text else None,
     )
     return _numbers(metrics, protocol, "g"), found
+
+
+def _draws(
+    generator: Generator, references: Iterator[Batch], config: EvaluationConfig, count: int, rank: int, world_size: int
+) -> Iterator[tuple[Tensor | Sequence[str], Sequence[int], Batch | None]]:
+    """Yield inputs and seeds of this rank's samples, with the references that the inputs are the captions of."""
+    if generator.conditioner.accepts == "label":
+        for index, (labels, seeds) in enumerate(generator.batches(count, config.batch, config.labels, config.seed)):
+            if index % world_size == rank:
+                yield labels, seeds, None
+        return
+    for batch in references:
+        if batch.texts is None:
+            raise DataError(
+                "The generator takes captions, and the images to compare its samples with have none; give data with "
+                "texts."
+            )
+        # By the image's place in the data set, so that ranks and broken images make no difference.
+        yield batch.texts, [config.seed + index for index in batch.indices.tolist()], batch
+
+
+def _refer(metrics: Sequence[Metric], batch: Batch, device: torch.device) -> None:
+    for metric in metrics:
+        if metric.needs_references:
+            metric.update(None, to_tensor(batch.images.to(device)))
 
 
 def _numbers(metrics: Sequence[Metric], facts: Mapping[str, Any], side: str) -> list[Number]:

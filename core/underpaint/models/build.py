@@ -19,6 +19,9 @@ from underpaint.registration.manager import manager
 __all__ = ["build_generator_parts", "build_tokenizer", "load_tokenizer"]
 
 
+_LATENT_CHANNELS = 32
+
+
 def build_tokenizer(config: TokenizerConfig, seed: int) -> Tokenizer:
     """Make a tokenizer from its parts, or load the finished one that the config names.
 
@@ -29,21 +32,26 @@ def build_tokenizer(config: TokenizerConfig, seed: int) -> Tokenizer:
         seed: Seed of the random initialisation.
     """
     if config.load is not None:
-        return load_tokenizer(config.load)
+        loaded = load_tokenizer(config.load)
+        if config.latent_channels not in (None, loaded.latent_channels):
+            raise ConfigError(
+                f"tokenizer.latent_channels is {config.latent_channels}, and the latents of the tokenizer "
+                f"'{config.load}' have {loaded.latent_channels} channels; leave it out, or load another tokenizer."
+            )
+        return loaded
     assert config.encoder is not None
     assert config.adapter is not None
     assert config.decoder is not None
+    channels = config.latent_channels or _LATENT_CHANNELS
     torch.manual_seed(seed)
     encoder = _create("encoder", config.encoder)
     assert isinstance(encoder, Encoder)
-    adapter = _create(
-        "adapter", config.adapter, in_channels=encoder.info.channels, latent_channels=config.latent_channels
-    )
+    adapter = _create("adapter", config.adapter, in_channels=encoder.info.channels, latent_channels=channels)
     assert isinstance(adapter, Adapter)
     decoder = _create(
         "decoder",
         config.decoder,
-        latent_channels=config.latent_channels,
+        latent_channels=channels,
         stride=encoder.info.stride * adapter.stride,
     )
     assert isinstance(decoder, Decoder)

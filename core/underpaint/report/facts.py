@@ -241,6 +241,9 @@ class _Reader:
         if images is None or not _are_images(images):
             self.missing.append("The samples are left out: samples/samples.npz holds no N×H×W×3 bytes named 'images'.")
             return None, []
+        captions = arrays.get("captions")
+        if captions is not None and captions.shape == (len(images),):
+            return images, [str(text) for text in captions.tolist()]
         labels = arrays.get("labels")
         if labels is None or labels.shape != (len(images),):
             return images, []

@@ -16,7 +16,7 @@ from underpaint.config.schema import DataConfig, LatentsConfig
 from underpaint.data.latent_writer import LatentCacheWriter
 from underpaint.data.latents import CacheIdentity, LatentCache, draw_latents
 from underpaint.data.loader import Batch, ImageLoader, ImagePass
-from underpaint.data.order import Order, sample_seed
+from underpaint.data.order import Blocks, Order, sample_seed
 from underpaint.data.resident import ResidentImages
 from underpaint.data.sources import open_dataset, split
 from underpaint.data.transforms import Crop, to_tensor
@@ -82,8 +82,10 @@ class RunData:
             max_broken=self.config.max_broken,
         )
 
-    def train_batches(self, batch: int, *, seed: int, start: int, accumulation: int, ranks: Ranks) -> Iterator[Batch]:
-        """Read this rank's share of the training images, endlessly, from step `start` on."""
+    def train_batches(
+        self, batch: int, *, seed: int, start: int, accumulation: int, ranks: Ranks, blocks: Blocks | None = None
+    ) -> Iterator[Batch]:
+        """Read this rank's share of the training images, endlessly, from step `start` on; `blocks` are the order's."""
         if self.config.memory:
             yield from ResidentImages(
                 self.train,
@@ -98,6 +100,7 @@ class RunData:
                 workers=self.config.workers,
                 start_step=start,
                 accumulation=accumulation,
+                blocks=blocks,
                 max_broken=self.config.max_broken,
             )
         loader = ImageLoader(
@@ -111,6 +114,7 @@ class RunData:
             workers=self.config.workers,
             start_step=start,
             accumulation=accumulation,
+            blocks=blocks,
             max_broken=self.config.max_broken,
         )
         try:

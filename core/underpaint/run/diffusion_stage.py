@@ -11,10 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from underpaint.config.schema import ComponentConfig
+from underpaint.config.schema import ComponentConfig, Recipe
 from underpaint.data.latents import LatentCache
 from underpaint.data.loader import Batch
+from underpaint.data.order import Blocks
 from underpaint.data.transforms import to_tensor
+from underpaint.diffusion.guidance import check_guidance, null_condition
+from underpaint.errors import DataError
 from underpaint.interfaces.encoder import Encoder
 from underpaint.interfaces.loss import StepSizes
 from underpaint.models.build import build_generator_parts
@@ -33,9 +36,39 @@ from underpaint.training.latent_batches import LatentBatch, latent_batches
 from underpaint.training.loop import LoopResult
 from underpaint.training.ranks import Ranks
 
-__all__ = ["latent_images", "run_diffusion_stage"]
+__all__ = ["check_diffusion", "latent_images", "run_diffusion_stage"]
 
 _PARTS = ("backbone.", "conditioner.")
+
+
+def check_diffusion(recipe: Recipe, tokenizer: Tokenizer, data: RunData) -> None:
+    """Refuse a diffusion model that cannot be made for this tokenizer and data, before hours go into the tokenizer.
+
+    Raises:
+        ConfigError: Backbone, conditioner, guidance and latents do not fit each other.
+        DataError: The conditioner needs captions, and there are none to train on or to sample for.
+    """
+    config, guidance = recipe.diffusion, recipe.evaluation.guidance
+    assert config is not None
+    check_guidance(guidance, tokenizer.latent_channels)
+    # On the meta device it takes no memory for weights.
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        _, conditioner = build_generator_parts(
+            config,
+            tokenizer,
+            grid=tokenizer.grid(data.config.height, data.config.width),
+            classes=len(data.classes),
+            has_text=data.train.has_text,
+            seed=0,
+        )
+    if conditioner.accepts == "text" and not data.validation.has_text:
+        raise DataError(
+            f"The conditioner '{config.conditioner.name}' needs captions, and the validation set, for whose captions "
+            "samples are drawn, has none; give data.validation with texts."
+        )
+    if guidance.scale != 1.0 and guidance.weak is None and conditioner.accepts == "label":
+        # That of a text is the empty one, for which the encoder would have to be read.
+        null_condition(conditioner, 1, torch.device("meta"))
 
 
 def run_diffusion_stage(session: Session, tokenizer: Tokenizer, cache: LatentCache) -> LoopResult:
@@ -93,11 +126,13 @@ def run_diffusion_stage(session: Session, tokenizer: Tokenizer, cache: LatentCac
     one = LatentBatch(torch.zeros(1, *shape), _first_input(conditioner.accepts), slice(0, 1), black)
     flops = count_flops(module, lambda: _call(module, one, noise, companion, 0, ranks.device)[0])
     samples = session.data.train_indices[cache.positions]
+    latents = recipe.latents
+    blocks = Blocks(latents.block, latents.window) if latents.read == "sequential" else None
 
     def batches(start: int, micro_batches: int) -> Iterator[LatentBatch]:
         images = None
         if with_images:
-            images = latent_images(session.data, samples, config.batch, seed, start, micro_batches, ranks)
+            images = latent_images(session.data, samples, config.batch, seed, start, micro_batches, ranks, blocks)
         return latent_batches(
             cache,
             accepts=conditioner.accepts,
@@ -106,6 +141,7 @@ def run_diffusion_stage(session: Session, tokenizer: Tokenizer, cache: LatentCac
             ranks=ranks,
             seed=seed,
             start=start,
+            blocks=blocks,
             images=images,
             samples=samples,
         )
@@ -163,15 +199,22 @@ def _companion(config: ComponentConfig | None, device: torch.device) -> Encoder 
 
 
 def latent_images(
-    data: RunData, samples: NDArray[np.int64], batch: int, seed: int, start: int, accumulation: int, ranks: Ranks
+    data: RunData,
+    samples: NDArray[np.int64],
+    batch: int,
+    seed: int,
+    start: int,
+    accumulation: int,
+    ranks: Ranks,
+    blocks: Blocks | None = None,
 ) -> Iterator[Batch]:
     """Return the images of the latents, as they were encoded.
 
-    The readers shuffle as `latent_batches` does: by an `Order` of as many samples and the same seed.
+    The readers shuffle as `latent_batches` does: by an `Order` of as many samples, the same seed and the same blocks.
     """
     plain = attrs.evolve(data.config, crop="center", resize=None, flip=False)
     same = attrs.evolve(data, config=plain, train_indices=samples)
-    return same.train_batches(batch, seed=seed, start=start, accumulation=accumulation, ranks=ranks)
+    return same.train_batches(batch, seed=seed, start=start, accumulation=accumulation, ranks=ranks, blocks=blocks)
 
 
 def _first_input(accepts: str) -> Tensor | list[str]:

@@ -74,6 +74,10 @@ class RunFolder:
                 raise ConfigError(f"'{self.root}' holds '{sorted(strange)[0]}' and no run; choose another --out.")
             write_atomically(self.config, dump_recipe(recipe))
             return
+        if not any((self.root / name).exists() for name in ("stages", "latents", "tokenizer", "generator")):
+            # A recipe that was refused has left nothing behind that the mended one could not be run on.
+            write_atomically(self.config, dump_recipe(recipe))
+            return
         before = plain_recipe(recipe_from_plain(read_yaml(self.config)))
         now = plain_recipe(recipe)
         different = [

@@ -28,7 +28,7 @@ from underpaint.models.tokenizer import Tokenizer
 from underpaint.registration.manager import manager
 from underpaint.run import provenance
 from underpaint.run.data import RunData, build_cache, cache_statistics, open_run_data
-from underpaint.run.diffusion_stage import run_diffusion_stage
+from underpaint.run.diffusion_stage import check_diffusion, run_diffusion_stage
 from underpaint.run.folder import RunFolder
 from underpaint.run.notes import write_notes
 from underpaint.run.session import Session
@@ -116,6 +116,8 @@ def _run(session: Session, until: str | None) -> None:
     timings: dict[str, float] = {}
     tokenizer = build_tokenizer(recipe.tokenizer, recipe.seed)
     tokenizer.grid(data.config.height, data.config.width)
+    if recipe.diffusion is not None:
+        check_diffusion(recipe, tokenizer, data)
     metrics = make_metrics(recipe.evaluation.reconstruction, ranks.device)
     # A decoder that nothing has trained yet shows noise.
     decodes = recipe.tokenizer.load is not None
@@ -169,7 +171,10 @@ def _run(session: Session, until: str | None) -> None:
         assert isinstance(generator, Generator)
         found, shown = _measured_generation(session, generator.to(ranks.device))
         numbers += found
-        pictures |= {"samples": shown.images, "sample_labels": shown.labels}
+        asked: dict[str, Any] = {"captions": np.array(shown.captions)}
+        if shown.captions is None:
+            asked = {"labels": shown.labels, "classes": np.array(data.classes or ("",))}
+        pictures["samples"] = {"images": shown.images, **asked}
     return _finish(session, numbers, pictures, timings)
 
 
@@ -242,12 +247,7 @@ def _keep(session: Session, numbers: list[Number], pictures: dict[str, Any], tim
     if tokens:
         np.savez_compressed(folder.samples / "reconstructions.npz", **tokens)
     if "samples" in pictures:
-        np.savez_compressed(
-            folder.samples / "samples.npz",
-            images=pictures["samples"],
-            labels=pictures["sample_labels"],
-            classes=np.array(session.data.classes or ("",)),
-        )
+        np.savez_compressed(folder.samples / "samples.npz", **pictures["samples"])
     provenance.update(folder.provenance, seconds={name: round(value, 1) for name, value in timings.items()})
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from underpaint.data.latents import LatentCache
 from underpaint.data.loader import Batch
-from underpaint.data.order import Order, sample_seed
+from underpaint.data.order import Blocks, Order, sample_seed
 from underpaint.errors import ConfigError, DataError
 from underpaint.training.ranks import Ranks
 
@@ -51,6 +51,7 @@ def latent_batches(
     ranks: Ranks,
     seed: int,
     start: int,
+    blocks: Blocks | None = None,
     images: Iterator[Batch] | None = None,
     samples: NDArray[np.int64] | None = None,
 ) -> Iterator[LatentBatch]:
@@ -66,6 +67,7 @@ def latent_batches(
         ranks: The processes.
         seed: Seed of the order and of flips.
         start: First step.
+        blocks: Blocks of the order, each read in one piece and a window ahead; None shuffles all latents.
         images: This rank's images of the same steps, in the same order, never flipped; closed at the end.
         samples: Position in the data set of every latent of the cache, which the images are checked against.
 
@@ -79,14 +81,20 @@ def latent_batches(
             f"A batch of {batch} does not divide by {ranks.world_size} ranks × {accumulation} micro-batches; "
             f"use a multiple of {parts}."
         )
-    order = Order(len(cache), seed)
+    order = Order(len(cache), seed, blocks)
     flip = cache.identity.flip
     draws = cache.identity.store == "posterior"
     size = batch // parts
 
     def produce() -> Iterator[LatentBatch]:
         step = start
+        ahead = start * batch
         while True:
+            # The windows of this step, and the one after them.
+            while blocks is not None and ahead <= order.next_window((step + 1) * batch - 1):
+                for span in order.spans(ahead):
+                    cache.prefetch(span)
+                ahead = order.next_window(ahead)
             pictures = None if images is None else next(images).split(accumulation)
             for micro in range(accumulation):
                 first = ranks.rank * size * accumulation + micro * size
@@ -167,5 +175,6 @@ def _ahead(items: Iterator[Any], source: Iterator[Any] | None, depth: int = 4) -
             yield item
     finally:
         done.set()
-        # Worker processes must be gone before this one ends; a read that hangs must not hold it up.
-        thread.join(_PATIENCE if source is not None else 0.0)
+        # Worker processes must be gone before this one ends, and so must a thread inside of torch, or the process dies
+        # of it; a read that hangs must not hold it up.
+        thread.join(_PATIENCE)

@@ -1,0 +1,86 @@
+"""``underpaint evaluate`` measures a generator as it would sample by itself, unless it is told otherwise."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+from tests.models.test_folders import make_generator
+
+from underpaint.cli.models import evaluate
+from underpaint.config.diffusion import GuidanceConfig
+from underpaint.config.schema import ComponentConfig
+from underpaint.models.folders import save_generator
+from underpaint.models.generator import SamplingSettings
+
+FRECHET = "{name: frechet, encoder: tiny/vit@random, features: mean}"
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    noise = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
+    for index, pixels in enumerate(noise):
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    generator = make_generator()
+    generator.grid = (4, 4)
+    generator.settings = SamplingSettings(
+        sampler=ComponentConfig(name="heun", options={"steps": 2, "shift": 2.0}),
+        guidance=GuidanceConfig(scale=1.5, channels=3, interval=(0.2, 0.9)),
+    )
+    folder = tmp_path_factory.mktemp("model")
+    save_generator(generator, folder / "generator")
+    return folder / "generator"
+
+
+def call(model: Path, images: Path, *options: str) -> Result:
+    fixed = ["--data", str(images), "--device", "cpu", "--count", "4", "--json"]
+    return CliRunner().invoke(evaluate, [str(model), *fixed, *options])
+
+
+def protocol(model: Path, images: Path, *options: str) -> dict[str, Any]:
+    result = call(model, images, "--metric", FRECHET, *options)
+    assert result.exit_code == 0, result.exception
+    (number,) = [number for number in json.loads(result.stdout) if number["name"].startswith("gFrechet")]
+    return dict(number["protocol"])
+
+
+def test_the_generators_own_settings_are_the_default(model: Path, images: Path) -> None:
+    found = protocol(model, images)
+    assert found["sampler"] == {"solver": "heun", "evaluations": 4, "grid_points": 3, "shift": 2.0}
+    assert found["guidance"] == {"scale": 1.5, "channels": 3, "interval": [0.2, 0.9], "weak": None}
+
+
+def test_options_replace_single_settings(model: Path, images: Path) -> None:
+    own = protocol(model, images)
+    found = protocol(model, images, "--steps", "3", "--guidance", "2.5")
+    assert found["sampler"] == own["sampler"] | {"evaluations": 6, "grid_points": 4}
+    assert found["guidance"] == own["guidance"] | {"scale": 2.5}
+    # A scale of 1 is a setting as well, and not the absence of one.
+    assert protocol(model, images, "--guidance", "1.0")["guidance"]["scale"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        ("frechett", "Did you mean 'frechet'"),
+        ("frechet", "lacks the key 'encoder'"),
+        ("{name: frechet", "write a name, or name and options as '{name: frechet, encoder: tiny/vit}'"),
+        ("{encoder: tiny/vit}", "lacks the key 'name'"),
+        ("psnr", "compares image by image and cannot measure samples"),
+    ],
+)
+def test_metrics_that_cannot_be_used_are_refused(model: Path, images: Path, metric: str, message: str) -> None:
+    result = call(model, images, "--metric", metric)
+    assert result.exit_code == 1
+    assert message in str(result.exception)
