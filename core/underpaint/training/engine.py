@@ -24,12 +24,16 @@ from underpaint.training.ranks import Ranks
 from underpaint.training.schedule import ema_decay, rate_factor
 from underpaint.training.state import StateReader, write_state
 
-__all__ = ["Engine", "StepResult"]
+__all__ = ["Engine", "NotFiniteError", "StepResult"]
 
 _log = logging.getLogger("underpaint")
 
 # Elements that are reduced at once: large enough to fill a link, small enough to be a minor part of the memory.
 _BUCKET = 200_000_000
+
+
+class NotFiniteError(UnderpaintError):
+    """Too many steps in a row were skipped."""
 
 
 @attrs.frozen
@@ -242,7 +246,7 @@ class Engine:
             What happened, the same on every rank.
 
         Raises:
-            UnderpaintError: `max_bad_steps` optimizer steps in a row had a loss or gradient that was not finite.
+            NotFiniteError: `max_bad_steps` optimizer steps in a row had a loss or gradient that was not finite.
         """
         self._micro += 1
         rates = self.rates()
@@ -277,7 +281,7 @@ class Engine:
         self._bad += 1
         limit = self._config.max_bad_steps
         if self._bad >= limit:
-            raise UnderpaintError(
+            raise NotFiniteError(
                 f"The loss or its gradient was not finite in {self._bad} optimizer steps in a row, after "
                 f"{self.train_state} good ones; lower optimizer.lr or set optimizer.clip, and go on from the last "
                 "checkpoint."
