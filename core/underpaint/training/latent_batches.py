@@ -139,7 +139,7 @@ def _pictures(
     if wrong.size:
         raise DataError(
             f"The image '{cache.keys(indices[wrong[:1]])[0]}' can no longer be read, though its latent was made from "
-            "it; restore it and start again to resume, or run again with --rebuild."
+            "it; restore it and start again to resume, or delete the folder of the latents and start again."
         )
     if flips is None:
         return found.images
