@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
+import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -51,6 +52,12 @@ def load_weights(location: str, *, nested: Sequence[str] = ("state_dict",)) -> d
         # Training files of DiT, SiT and REPA hold their command line; a namespace of plain values cannot do anything.
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        # What torch says here is advice to run the file's code.
+        raise DataError(
+            f"The weights file '{path}' is damaged, or holds objects beside tensors, which are not loaded because they "
+            "can run code; have the program that wrote it save the tensors alone, best as safetensors."
+        ) from None
     except Exception as error:
         raise DataError(
             f"The weights file '{path}' is damaged or not a file of tensors: {' '.join(str(error).split())[:200]}"

@@ -1,11 +1,17 @@
-"""A whole run, as small as it can be."""
+"""A whole run, as small as it can be, in this process or in others."""
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from underpaint.config.recipe import apply_overrides, recipe_from_plain
 from underpaint.config.schema import Recipe
@@ -64,3 +70,46 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run") / "tiny run ü"
     run_recipe(tiny_recipe(), out)
     return out
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def recipe_file(folder: Path) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(TINY))
+    return path
+
+
+STARTED: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left() -> Iterator[None]:
+    yield
+    left = [process for process in STARTED if process.poll() is None]
+    STARTED.clear()
+    for process in left:
+        # A launcher that is killed leaves its ranks, which are of its session.
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def train(recipe: Path, out: Path, *overrides: str, ranks: int = 1, until: str = "align") -> subprocess.Popen[str]:
+    launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    arguments = ["train", str(recipe), "--out", str(out), "--until", until, *overrides]
+    process = subprocess.Popen(
+        [sys.executable, *launcher, "-m", "underpaint", *arguments],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env=ENVIRONMENT,
+        start_new_session=True,
+    )
+    STARTED.append(process)
+    return process
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    _, error = process.communicate(timeout=300)
+    return error

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 import underpaint
-from tests.run.conftest import tiny_recipe
-from tests.run.test_launch import finish, recipe_file, train
+from tests.run.conftest import finish, recipe_file, tiny_recipe, train
 from underpaint.errors import ConfigError
 from underpaint.models.generator import Generator
 from underpaint.run.pipeline import run_recipe

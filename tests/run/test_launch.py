@@ -2,48 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 
 import underpaint
-from tests.run.conftest import TINY
+from tests.run.conftest import finish, recipe_file, train
 from underpaint.training.log import read_rows
 from underpaint.weights import tensor_hash
 
 pytestmark = pytest.mark.slow
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def recipe_file(folder: Path) -> Path:
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(TINY))
-    return path
-
-
-def train(recipe: Path, out: Path, *overrides: str, ranks: int = 1, until: str = "align") -> subprocess.Popen[str]:
-    launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    arguments = ["train", str(recipe), "--out", str(out), "--until", until, *overrides]
-    return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "underpaint", *arguments],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        env=ENVIRONMENT,
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> str:
-    _, error = process.communicate(timeout=300)
-    return error
 
 
 def losses(out: Path, stage: str) -> list[float]:
@@ -95,7 +66,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_result(tmp_path: Path) -> N
     assert tensor_hash(states[0]) == tensor_hash(states[1])
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_says_how_to_go_on(number: signal.Signals, code: int, tmp_path: Path) -> None:
     recipe = recipe_file(tmp_path)
     process = train(recipe, tmp_path / "run", "stages.align.steps=5000", "engine.checkpoint_every=5000")
@@ -108,7 +79,13 @@ def test_a_signal_saves_and_says_how_to_go_on(number: signal.Signals, code: int,
     assert process.returncode == code, error
     assert "Run the same command to go on" in error
     assert "Traceback" not in error
-    assert list((tmp_path / "run" / "stages" / "align" / "checkpoints").glob("step-*/manifest.json"))
+    (made,) = (tmp_path / "run" / "stages" / "align" / "checkpoints").glob("step-*/manifest.json")
+    saved = int(made.parent.name.removeprefix("step-"))
+    if number == signal.SIGUSR1:
+        again = train(recipe, tmp_path / "run", "stages.align.steps=5000", "engine.checkpoint_every=5000")
+        assert again.stderr is not None
+        first = next(line for line in again.stderr if line.startswith("align "))
+        assert first.startswith(f"align {saved + 1}/")
 
 
 def test_a_second_process_on_the_folder_is_refused(tmp_path: Path) -> None:

@@ -15,8 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import underpaint
-from tests.run.conftest import TINY
-from tests.run.test_launch import finish, train
+from tests.run.conftest import TINY, finish, train
 from underpaint.config.recipe import plain_recipe, recipe_from_plain
 from underpaint.config.schema import Recipe
 from underpaint.errors import ConfigError, DataError

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import socket
 from pathlib import Path
 
 import attrs
@@ -155,32 +153,6 @@ class _Spoil(torch.autograd.Function):
 def spoiled(loss: Tensor) -> Tensor:
     """A finite loss with a gradient that is not."""
     return _Spoil.apply(loss)
-
-
-def _enter(rank: int, world_size: int, port: int, out: str, case: str, args: tuple[object, ...]) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    with Ranks("cpu", timeout=60) as ranks:
-        result = globals()[case](ranks, *args)
-    torch.save(result, f"{out}/{rank}.pt")
-
-
-def on_ranks(folder: Path, world_size: int, case: str, *args: object) -> list:
-    """Run the function `case` of this module on so many processes and return what it gives on each."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.multiprocessing.start_processes(
-        _enter, args=(world_size, port, str(folder), case, args), nprocs=world_size, start_method="spawn"
-    )
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 
 def stages(ranks: Ranks) -> dict[int, tuple]:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -166,32 +163,6 @@ def make_critic(
 
 
 # ------------------------------------------------------------------------------------------ on several ranks
-
-
-def _enter(rank: int, world_size: int, port: int, out: str, case: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    with Ranks("cpu", timeout=60) as ranks:
-        result = case(ranks, *args)
-    torch.save(result, f"{out}/{rank}.pt")
-
-
-def on_ranks(folder: Path, world_size: int, case: Callable[..., Any], *args: Any) -> list[Any]:
-    """Run a function of this module on so many processes and return what it gives on each."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.multiprocessing.start_processes(
-        _enter, args=(world_size, port, str(folder), case, args), nprocs=world_size, start_method="spawn"
-    )
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 
 BALANCED = (

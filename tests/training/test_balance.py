@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import stage_cases as cases
 import torch
+from processes import on_ranks
 from torch import nn
 
 from underpaint.config.schema import AdaptiveConfig
@@ -219,7 +220,7 @@ def test_the_engine_trains_with_adaptive_weights(alone: Ranks) -> None:
 
 @pytest.mark.slow
 def test_two_ranks_use_the_factors_of_the_whole_batch(tmp_path: Any) -> None:
-    first, second = cases.on_ranks(tmp_path, 2, cases.balanced_steps)
+    first, second = on_ranks(tmp_path, 2, cases.balanced_steps)
     for zero in (0, 1, 2):
         for ours, theirs in zip(first[zero][0], second[zero][0], strict=True):
             # Bit by bit: ranks of another factor would drift apart.

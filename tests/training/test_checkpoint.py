@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
-import sys
 from pathlib import Path
 
 import engine_cases as cases
 import pytest
+from processes import on_ranks, report_of
 
-from underpaint.errors import UnderpaintError
+from underpaint.errors import DataError, UnderpaintError
 from underpaint.training import checkpoint
 from underpaint.training.checkpoint import CheckpointStore
 
@@ -120,7 +119,6 @@ def newer_manifest(folder):
         (empty_manifest, "its manifest is malformed"),
         (list_manifest, "its manifest is malformed"),
         (changed_manifest, "its manifest is damaged"),
-        (newer_manifest, "it has format 2, and this version reads 1"),
     ],
 )
 def test_a_damaged_one_is_skipped_with_its_reason_once(store, caplog, damage, reason):
@@ -133,6 +131,18 @@ def test_a_damaged_one_is_skipped_with_its_reason_once(store, caplog, damage, re
     assert "step-0000002' is skipped" in message
     assert reason in message
     assert not any(record.exc_info for record in caplog.records)
+
+
+def test_another_format_is_refused_and_kept(store):
+    # To skip it would be to start anew, and to lose what the other version has trained.
+    made = store.save(1, writer(), {})
+    newer_manifest(made.folder)
+    with pytest.raises(DataError, match=r"step-0000001' was written by another version.*format 2, and this version"):
+        store.latest()
+    for step in (2, 3, 4):
+        store.save(step, writer(), {})
+    assert store.latest().step == 4
+    assert folders(store) == ["step-0000001", "step-0000003", "step-0000004"]
 
 
 def test_a_flipped_byte_is_found_on_demand(store, caplog):
@@ -258,7 +268,7 @@ def test_an_unwritable_place_is_one_error(alone, tmp_path, caplog):
 
 @pytest.mark.slow
 def test_a_failure_on_one_rank_is_a_failure_on_all(tmp_path):
-    main, other = cases.on_ranks(tmp_path / "out", 2, "failing_saves", str(tmp_path / "ckpt"))
+    main, other = on_ranks(tmp_path / "out", 2, cases.failing_saves, str(tmp_path / "ckpt"))
     outcomes, raised, step, world_size, names = main
     assert outcomes == [(1, {"position": 8}), None, None, (4, {"position": 32})]
     assert other[0] == outcomes
@@ -270,18 +280,13 @@ def test_a_failure_on_one_rank_is_a_failure_on_all(tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_may_not_write_one_file(tmp_path):
-    assert cases.on_ranks(tmp_path / "out", 2, "same_name", str(tmp_path / "ckpt")) == [None, None]
+    assert on_ranks(tmp_path / "out", 2, cases.same_name, str(tmp_path / "ckpt")) == [None, None]
     assert list((tmp_path / "ckpt").iterdir()) == []
 
 
 @pytest.mark.slow
 def test_killed_at_any_moment_it_resumes(tmp_path):
-    script = Path(__file__).with_name("kill_trials.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path), "20"], capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    report = json.loads(done.stdout.splitlines()[-1])
+    report = report_of("kill_trials.py", str(tmp_path), "20")
     assert len(report["trials"]) == 20
     for reported, resumed in report["trials"]:
         # What save() reported is there; of a save that was cut off after the rename nobody heard.

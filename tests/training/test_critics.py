@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import stage_cases as cases
 import torch
+from processes import on_ranks
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -167,7 +168,7 @@ def test_a_loss_without_a_critic_has_none_to_train() -> None:
 
 @pytest.mark.slow
 def test_two_ranks_train_one_critic(alone: Ranks, tmp_path: Path) -> None:
-    first, second = cases.on_ranks(tmp_path, 2, cases.critic_steps)
+    first, second = on_ranks(tmp_path, 2, cases.critic_steps)
     joint = cases.critic_steps(alone)
     for zero in (0, 1, 2):
         assert equal(first[zero][1], second[zero][1])

@@ -7,6 +7,7 @@ import re
 import engine_cases as cases
 import pytest
 import torch
+from processes import on_ranks
 from torch import nn
 
 from underpaint.config.schema import EngineConfig, OptimizerConfig
@@ -33,7 +34,7 @@ def two_ranks(tmp_path_factory):
 
     def run(case: str, *args: object) -> list:
         if case not in done:
-            done[case] = cases.on_ranks(tmp_path_factory.mktemp(case), 2, case, *args)
+            done[case] = on_ranks(tmp_path_factory.mktemp(case), 2, getattr(cases, case), *args)
         return done[case]
 
     return run

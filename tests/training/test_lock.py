@@ -13,6 +13,7 @@ from pathlib import Path
 
 import engine_cases as cases
 import pytest
+from processes import on_ranks
 
 from underpaint.errors import RunLockedError
 from underpaint.training.lock import RunLock
@@ -118,7 +119,7 @@ def test_of_many_that_find_a_stale_lock_one_gets_it(tmp_path):
 @pytest.mark.slow
 def test_all_ranks_are_refused_together(tmp_path):
     (tmp_path / "run").mkdir()
-    main, other = cases.on_ranks(tmp_path / "out", 2, "locked", str(tmp_path / "run"))
+    main, other = on_ranks(tmp_path / "out", 2, cases.locked, str(tmp_path / "run"))
     assert main == other
     assert "is in use by process" in main
     assert list((tmp_path / "run").iterdir()) == []

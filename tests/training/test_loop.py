@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,10 +14,12 @@ from torch import Tensor
 
 from underpaint.config.schema import EngineConfig
 from underpaint.training.checkpoint import CheckpointStore
-from underpaint.training.engine import StepResult
+from underpaint.training.engine import NotFiniteError, StepResult
+from underpaint.training.log import StageLog, read_rows
 from underpaint.training.loop import LoopResult, train_loop
 from underpaint.training.ranks import Ranks
 from underpaint.training.signals import StopRequest
+from underpaint.training.watchdog import Watchdog
 
 # Of each micro-batch: a mean, and a sum with its count.
 TERMS = [
@@ -42,7 +46,7 @@ def run(
         if hook == "on_step_end":
             rows.append({"step": facts["step"], **facts["scalars"]})
 
-    with StopRequest() as stop:
+    with StopRequest() as stop, Watchdog(alone, "one", 60.0) as watchdog:
         result = train_loop(
             name="one",
             batches=itertools.repeat(None),
@@ -58,6 +62,7 @@ def run(
             log=None,
             ranks=alone,
             stop=stop,
+            watchdog=watchdog,
             enough=lambda step: step == end,
             call=call,
         )
@@ -85,3 +90,45 @@ def test_a_stage_that_may_end_is_logged_and_saved_there(alone: Ranks, tmp_path: 
     assert result.steps == 3
     assert [(row["step"], row["loss"]) for row in rows] == [(2, 2.0), (3, 5.0)]
     assert [path.name for path in tmp_path.iterdir()] == ["step-0000003"]
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_the_samples_of_a_skipped_step_are_kept(alone: Ranks, tmp_path: Path, ends: bool) -> None:
+    names = iter("abcdefgh")
+    batches = (SimpleNamespace(keys=(name, name.upper())) for name in names)
+
+    def step_fn(batch: Any, step: int, micro: int) -> tuple[dict[str, Tensor], StepResult]:
+        if ends and step == 2 and micro == 1:
+            raise NotFiniteError("too many")
+        return {"loss": torch.tensor(1.0)}, StepResult(1.0, {"a": 0.1}, micro == 1 and step == 1, True)
+
+    (tmp_path / "skipped.jsonl").write_text('{"step": 7, "samples": ["of a session that was lost"]}\n')
+    log = StageLog(tmp_path, "one", steps=4, start=0)
+    with (
+        StopRequest() as stop,
+        Watchdog(alone, "one", 60.0) as watchdog,
+        pytest.raises(NotFiniteError) if ends else nullcontext(),
+    ):
+        train_loop(
+            name="one",
+            batches=batches,
+            step_fn=step_fn,
+            start=0,
+            steps=4,
+            images_per_step=1,
+            flops_per_image=1.0,
+            peak=1.0,
+            config=EngineConfig(checkpoint_every=100, accumulation=2),
+            save=lambda place: (place / "file").write_text("x") and None,
+            store=CheckpointStore(tmp_path / "ckpt", 2, alone),
+            log=log,
+            ranks=alone,
+            stop=stop,
+            watchdog=watchdog,
+            enough=lambda step: False,
+            call=lambda hook, **facts: None,
+        )
+    log.close()
+    expected = [{"step": 2, "samples": ["c", "C", "d", "D"]}]
+    expected += [{"step": 3, "samples": ["e", "E", "f", "F"]}] if ends else []
+    assert read_rows(tmp_path / "skipped.jsonl") == expected

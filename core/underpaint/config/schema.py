@@ -196,6 +196,8 @@ class DataConfig:
     max_broken: float = attrs.field(default=0.01, validator=_fraction)
 
     def __attrs_post_init__(self) -> None:
+        if min(self.height, self.width) < 1:
+            raise ConfigError(f"data.size is {self.height}×{self.width}; give pixels above 0, such as 256.")
         if self.resize is not None and self.resize < max(self.height, self.width):
             raise ConfigError(
                 f"data.resize is {self.resize}, and the crop is {self.height}×{self.width}; resize to at least its "
@@ -476,6 +478,7 @@ class EngineConfig:
         checkpoint_every: Steps between checkpoints.
         keep: Valid checkpoints kept per stage.
         max_bad_steps: Consecutive non-finite steps after which training stops.
+        timeout: Seconds that ranks wait for one of them before training ends with an error that names it.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -488,6 +491,7 @@ class EngineConfig:
     checkpoint_every: int = attrs.field(default=1000, validator=_positive)
     keep: int = attrs.field(default=2, validator=_positive)
     max_bad_steps: int = attrs.field(default=10, validator=_positive)
+    timeout: float = attrs.field(default=1800.0, validator=_positive)
 
 
 _STAGE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")

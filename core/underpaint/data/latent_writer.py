@@ -193,7 +193,7 @@ class LatentCacheWriter:
         if shard_size != self.shard_size:
             raise DataError(
                 f"The latent cache '{self.folder}' has {shard_size} samples per shard where {self.shard_size} are "
-                f"asked for; set latents.shard={shard_size}, or delete the folder or run again with --rebuild."
+                f"asked for; set latents.shard={shard_size}, or delete that folder and run again."
             )
 
     def _record(self, shard: int) -> dict[str, Any] | None:

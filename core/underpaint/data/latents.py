@@ -189,8 +189,8 @@ class LatentCache:
         if flip is not None:
             if not self.identity.flip:
                 raise DataError(
-                    f"The latent cache '{self.folder}' holds no flipped images; set latents.flip=true and run again "
-                    "with --rebuild."
+                    f"The latent cache '{self.folder}' holds no flipped images; set latents.flip=true and encode "
+                    "into another folder."
                 )
             assert len(flip) == len(shards)
         files = shards * 2 if flip is None else shards * 2 + np.asarray(flip, dtype=np.int64)
@@ -418,8 +418,8 @@ def require_same(folder: Path, found: CacheIdentity, wanted: CacheIdentity) -> N
     different = [f"{name} {was!r} where {now!r} is asked for" for name, was, now in pairs if was != now]
     if different:
         raise DataError(
-            f"The latent cache '{folder}' has {', and '.join(different)}; delete the folder or run again "
-            "with --rebuild."
+            f"The latent cache '{folder}' has {', and '.join(different)}; delete that folder and run the "
+            "same command again."
         )
 
 

@@ -188,8 +188,8 @@ def load_folder(location: str | Path) -> Tokenizer | Generator | Denoiser:
     config = place.read_json("config.json")
     if config.get("format") != FORMAT:
         raise DataError(
-            f"'{location}' has layout {config.get('format')!r}, and this underpaint reads {FORMAT}; "
-            "it was written by another version or another program."
+            f"'{location}' has layout {config.get('format')!r}, and this underpaint reads {FORMAT}; load it with the "
+            "version that wrote it, or export it again from its run, if underpaint wrote it at all."
         )
     tensors = place.read_tensors("model.safetensors")
     if config.get("type") == "tokenizer":

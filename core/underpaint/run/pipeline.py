@@ -71,7 +71,8 @@ def run_recipe(recipe: Recipe, out: Path, *, until: str | None = None) -> None:
     out = out.expanduser().resolve()
     out.mkdir(parents=True, exist_ok=True)
     folder = RunFolder(out)
-    with Ranks(recipe.engine.device) as ranks, RunLock(out, ranks):
+    # The watchdog of the training loop knows more than a collective that fails, so it gets to speak first.
+    with Ranks(recipe.engine.device, timeout=recipe.engine.timeout + 60.0) as ranks, RunLock(out, ranks):
         error: BaseException | None = None
         try:
             if recipe.engine.deterministic:

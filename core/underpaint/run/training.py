@@ -22,6 +22,7 @@ from underpaint.training.loop import LoopResult, train_loop
 from underpaint.training.signals import StopRequest
 from underpaint.training.stopping import StopRule
 from underpaint.training.terms import LossItem
+from underpaint.training.watchdog import Watchdog
 
 __all__ = ["Forward", "StagePlan", "train_stage"]
 
@@ -148,7 +149,7 @@ def train_stage(session: Session, plan: StagePlan) -> LoopResult:
     plugins.call("on_stage_start", folder=session.folder.root, stage=plan.name, step=start)
     stream = plan.batches(start, config.accumulation)
     try:
-        with StopRequest() as stop:
+        with StopRequest() as stop, Watchdog(ranks, plan.name, config.timeout) as watchdog:
             result = train_loop(
                 name=plan.name,
                 batches=stream,
@@ -164,6 +165,7 @@ def train_stage(session: Session, plan: StagePlan) -> LoopResult:
                 log=log,
                 ranks=ranks,
                 stop=stop,
+                watchdog=watchdog,
                 enough=rule or (lambda step: False),
                 call=plugins.call,
             )

@@ -15,7 +15,7 @@ from typing import Any
 
 import attrs
 
-from underpaint.errors import UnderpaintError
+from underpaint.errors import DataError, UnderpaintError
 from underpaint.training.ranks import Ranks
 from underpaint.weights import file_hash
 
@@ -56,6 +56,10 @@ class _InvalidError(Exception):
     """Why a folder is no valid checkpoint."""
 
 
+class _OtherFormatError(_InvalidError):
+    """A checkpoint of another version of underpaint: whole, for all that this one can tell."""
+
+
 def _own(rank: int) -> str:
     return f"rank-{rank:05d}"
 
@@ -92,7 +96,7 @@ def _read(path: Path, *, verify: bool) -> Checkpoint:
     except (ValueError, KeyError, TypeError):
         raise _InvalidError("its manifest is malformed") from None
     if version != FORMAT:
-        raise _InvalidError(f"it has format {version}, and this version reads {FORMAT}")
+        raise _OtherFormatError(f"it has format {version}, and this version reads {FORMAT}")
     if _digest(body) != digest:
         raise _InvalidError("its manifest is damaged")
     for name, expected in body["files"].items():
@@ -157,10 +161,16 @@ class CheckpointStore:
         matches = ((_COMMITTED.fullmatch(path.name), path) for path in self._folder.iterdir())
         return sorted(((int(match.group(1)), path) for match, path in matches if match is not None), reverse=True)
 
-    def _valid(self, *, verify: bool = False) -> Iterator[Checkpoint]:
+    def _valid(self, *, verify: bool = False, refuse: bool = False) -> Iterator[Checkpoint]:
         for _, path in self._committed():
             try:
                 yield _read(path, verify=verify)
+            except _OtherFormatError as reason:
+                if refuse:
+                    raise DataError(
+                        f"The checkpoint '{path}' was written by another version of underpaint: {reason}; go on with "
+                        "the version that the run's provenance.json names, or choose another --out to start anew."
+                    ) from None
             except _InvalidError as reason:
                 if path.name not in self._warned:
                     self._warned.add(path.name)
@@ -171,9 +181,20 @@ class CheckpointStore:
 
         Args:
             verify: Also compare the content of every file with its hash.
+
+        Raises:
+            DataError: It is of another format. Starting anew would throw away what it holds.
         """
-        found = next(self._valid(verify=verify), None) if self._ranks.is_main else None
-        return self._ranks.broadcast_object(found)
+        found: Checkpoint | str | None = None
+        if self._ranks.is_main:
+            try:
+                found = next(self._valid(verify=verify, refuse=True), None)
+            except DataError as error:
+                found = str(error)
+        found = self._ranks.broadcast_object(found)
+        if isinstance(found, str):
+            raise DataError(found)
+        return found
 
     def save(self, step: int, write: Callable[[Path], None], extra: Mapping[str, Any]) -> Checkpoint | None:
         """Make a checkpoint, or leave everything as it was.

@@ -24,12 +24,16 @@ from underpaint.training.ranks import Ranks
 from underpaint.training.schedule import ema_decay, rate_factor
 from underpaint.training.state import StateReader, write_state
 
-__all__ = ["Engine", "StepResult"]
+__all__ = ["Engine", "NotFiniteError", "StepResult"]
 
 _log = logging.getLogger("underpaint")
 
 # Elements that are reduced at once: large enough to fill a link, small enough to be a minor part of the memory.
 _BUCKET = 200_000_000
+
+
+class NotFiniteError(UnderpaintError):
+    """Too many steps in a row were skipped."""
 
 
 @attrs.frozen
@@ -254,7 +258,7 @@ class Engine:
             What happened, the same on every rank.
 
         Raises:
-            UnderpaintError: `max_bad_steps` optimizer steps in a row were skipped.
+            NotFiniteError: `max_bad_steps` optimizer steps in a row were skipped.
         """
         self._micro += 1
         rates = self.rates()
@@ -294,7 +298,7 @@ class Engine:
         self._bad += 1
         limit = self._config.max_bad_steps
         if self._bad >= limit:
-            raise UnderpaintError(
+            raise NotFiniteError(
                 f"{reason} in {self._bad} optimizer steps in a row, after {self.train_state} good ones; lower "
                 "optimizer.lr or set optimizer.clip, and go on from the last checkpoint."
             )

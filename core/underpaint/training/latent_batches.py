@@ -24,7 +24,7 @@ __all__ = ["LatentBatch", "latent_batches"]
 _PATIENCE = 10.0
 
 
-@attrs.frozen
+@attrs.frozen(eq=False)
 class LatentBatch:
     """A micro-batch of standardised latents.
 
@@ -34,12 +34,23 @@ class LatentBatch:
         rows: Where the micro-batch stands in the global batch.
         images: B×H×W×3 uint8 images of the latents, flipped where these are of the flipped image; None unless asked
             for. On the CPU, or where the run keeps its images.
+        cache: Where the latents are from; None for made-up ones.
+        indices: B indices into the cache.
     """
 
     latents: Tensor
     inputs: Tensor | Sequence[str]
     rows: slice
     images: Tensor | None = None
+    cache: LatentCache | None = None
+    indices: NDArray[np.int64] | None = None
+
+    @property
+    def keys(self) -> Sequence[str]:
+        """B names; read from the cache only when asked for."""
+        assert self.cache is not None
+        assert self.indices is not None
+        return self.cache.keys(self.indices)
 
 
 def latent_batches(
@@ -108,6 +119,8 @@ def latent_batches(
                     _inputs(cache, indices, accepts),
                     slice(first, first + size),
                     None if pictures is None else _pictures(pictures[micro], cache, indices, samples, flips),
+                    cache,
+                    indices,
                 )
             step += 1
 
@@ -134,7 +147,7 @@ def _pictures(
     if wrong.size:
         raise DataError(
             f"The image '{cache.keys(indices[wrong[:1]])[0]}' can no longer be read, though its latent was made from "
-            "it; restore it and start again to resume, or run again with --rebuild."
+            "it; restore it and start again to resume, or delete the folder of the latents and start again."
         )
     if flips is None:
         return found.images

@@ -1,4 +1,4 @@
-"""What a stage writes while it trains: ``metrics.jsonl``, trackers, a progress bar or plain lines."""
+"""What a stage writes while it trains: ``metrics.jsonl``, ``skipped.jsonl``, trackers, a bar or plain lines."""
 
 from __future__ import annotations
 
@@ -38,22 +38,18 @@ class StageLog:
 
     def __init__(self, folder: Path, stage: str, *, steps: int, start: int, trackers: Sequence[Tracker] = ()) -> None:
         self._path = folder / "metrics.jsonl"
+        self._skipped = folder / "skipped.jsonl"
         self._stage = stage
         self._steps = steps
         self._trackers = list(trackers)
-        self._drop_rows_after(start)
+        _drop_rows_after(self._path, start)
+        _drop_rows_after(self._skipped, start)
         self._file = self._path.open("a", encoding="utf-8")
         self._bar = (
             tqdm(total=steps, initial=start, desc=stage, unit="step", dynamic_ncols=True, leave=True)
             if sys.stderr.isatty()
             else None
         )
-
-    def _drop_rows_after(self, step: int) -> None:
-        if not self._path.exists():
-            return
-        kept = [row for row in read_rows(self._path) if row["step"] <= step]
-        write_atomically(self._path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def row(self, step: int, values: Mapping[str, float]) -> None:
         """Record the numbers of a logging step."""
@@ -69,6 +65,11 @@ class StageLog:
         else:
             print(f"{self._stage} {line}", file=sys.stderr, flush=True)
 
+    def skipped(self, step: int, samples: Sequence[str]) -> None:
+        """Record the names of the samples of a step that changed nothing."""
+        with self._skipped.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "samples": list(samples)}) + "\n")
+
     def image(self, step: int, name: str, image: NDArray[np.uint8]) -> None:
         """Hand a picture to the trackers."""
         for tracker in self._trackers:
@@ -83,8 +84,14 @@ class StageLog:
             self._bar.close()
 
 
+def _drop_rows_after(path: Path, step: int) -> None:
+    if path.exists():
+        kept = [row for row in read_rows(path) if row["step"] <= step]
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read ``metrics.jsonl``; a last line that a crash cut short is left out."""
+    """Read such a file; a last line that a crash cut short is left out."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:

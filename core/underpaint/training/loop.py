@@ -15,10 +15,11 @@ from torch import Tensor
 
 from underpaint.config.schema import EngineConfig
 from underpaint.training.checkpoint import CheckpointStore
-from underpaint.training.engine import StepResult
+from underpaint.training.engine import NotFiniteError, StepResult
 from underpaint.training.log import StageLog
 from underpaint.training.ranks import Ranks
 from underpaint.training.signals import StopRequest
+from underpaint.training.watchdog import Watchdog
 
 __all__ = ["LoopResult", "StageStep", "Stopped", "train_loop"]
 
@@ -78,6 +79,7 @@ def train_loop(
     log: StageLog | None,
     ranks: Ranks,
     stop: StopRequest,
+    watchdog: Watchdog,
     enough: Callable[[int], bool],
     call: Callable[..., None],
 ) -> LoopResult:
@@ -101,6 +103,7 @@ def train_loop(
         log: Log of the main rank, None elsewhere.
         ranks: The processes of the run.
         stop: Set by signals.
+        watchdog: Is told how far this rank has come; entered.
         enough: Whether the stage may end after a step, the same answer on every rank.
         call: Calls a lifecycle hook.
 
@@ -115,19 +118,30 @@ def train_loop(
     logged_step = start
     done = start
     for step in range(start, steps):
+        shown: list[Any] = []
         for micro in range(config.accumulation):
+            watchdog.at(step + 1, "reads")
             waiting = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - waiting
-            terms, result = step_fn(batch, step, micro)
+            shown.append(batch)
+            watchdog.at(step + 1, "computes")
+            try:
+                terms, result = step_fn(batch, step, micro)
+            except NotFiniteError:
+                _keep_skipped(step + 1, shown, log, ranks)
+                raise
             for key, value in terms.items():
                 value = value.detach().float()
                 pair = value if value.ndim else torch.stack([value, torch.ones_like(value)])
                 sums[key] = sums[key] + pair if key in sums else pair
-        skipped += result.skipped
+        if result.skipped:
+            skipped += 1
+            _keep_skipped(step + 1, shown, log, ranks)
         if result.dropped is not None:
             jumped = (jumped or 0) + result.dropped
         done = step + 1
+        watchdog.at(step + 1, "measures")
         asked = time.perf_counter()
         finished = done == steps or enough(done)
         # What it measures is no training: the rates leave it out.
@@ -158,6 +172,7 @@ def train_loop(
             signals = ranks.all_gather_object(signal) if _due(done, config) else [None]
             signal = next((s for s in signals if s), None)
         if signal or done % config.checkpoint_every == 0 or finished:
+            watchdog.at(step + 1, "saves")
             checkpoint = store.save(done, save, {"stage": name, "skipped": skipped})
             if checkpoint is not None:
                 call("on_checkpoint_saved", stage=name, step=done, checkpoint=checkpoint.folder)
@@ -168,6 +183,14 @@ def train_loop(
         if signal:
             raise Stopped(signal, done)
     return LoopResult(steps=done, skipped=skipped, seconds=time.perf_counter() - begin)
+
+
+def _keep_skipped(step: int, shown: list[Any], log: StageLog | None, ranks: Ranks) -> None:
+    """Log which samples, over all ranks, were in a step that was skipped, for who looks for the one to blame."""
+    mine = [key for batch in shown for key in batch.keys]
+    samples = [key for part in ranks.all_gather_object(mine) for key in part]
+    if log is not None:
+        log.skipped(step, samples)
 
 
 def _due(step: int, config: EngineConfig) -> bool:

@@ -216,6 +216,11 @@ class Ranks:
             vars(deepspeed.ops).setdefault("__compatible_ops__", {})
         return deepspeed
 
+    def store(self) -> Any:
+        """Return a connection of its own to the key-value store through which the ranks found each other."""
+        # The process group holds its own connection for as long as an operation of it waits.
+        return dist.distributed_c10d._get_default_store().clone()
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         dist.barrier(group=self._objects)
