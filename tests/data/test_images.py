@@ -202,7 +202,7 @@ def test_pillows_warning_about_large_images_is_no_error(monkeypatch):
     assert decode_image(encoded(COLOURS), "a").shape == (5, 7, 3)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     source=st.sampled_from(
         [PHOTO, encoded(COLOURS), encoded(COLOURS, file_format="GIF"), encoded(COLOURS, file_format="TIFF")]

@@ -15,14 +15,14 @@ from underpaint.data.order import Blocks, Order, sample_seed
 SEEDS = st.integers(-(2**70), 2**70)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(length=st.integers(1, 3000), seed=SEEDS, epoch=st.integers(0, 10**6))
 def test_every_epoch_holds_every_sample_once(length, seed, epoch):
     order = Order(length, seed).indices(np.arange(epoch * length, (epoch + 1) * length))
     assert np.array_equal(np.sort(order), np.arange(length))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(length=st.integers(1, 10**12), seed=SEEDS, positions=st.lists(st.integers(0, 2**61), max_size=20))
 def test_one_position_and_many_agree(length, seed, positions):
     order = Order(length, seed)
@@ -84,14 +84,14 @@ def test_sample_seeds_differ_in_each_argument():
 BLOCKS = st.builds(Blocks, size=st.integers(1, 300), window=st.integers(1, 9))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(length=st.integers(1, 3000), seed=SEEDS, epoch=st.integers(0, 10**6), blocks=BLOCKS)
 def test_every_epoch_by_blocks_holds_every_sample_once(length, seed, epoch, blocks):
     order = Order(length, seed, blocks).indices(np.arange(epoch * length, (epoch + 1) * length))
     assert np.array_equal(np.sort(order), np.arange(length))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(length=st.integers(1, 10**12), seed=SEEDS, positions=st.lists(st.integers(0, 2**61), max_size=20), blocks=BLOCKS)
 def test_one_position_and_many_agree_by_blocks(length, seed, positions, blocks):
     order = Order(length, seed, blocks)
@@ -100,7 +100,7 @@ def test_one_position_and_many_agree_by_blocks(length, seed, positions, blocks):
     assert all(0 <= index < length for index in many)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     length=st.integers(1, 120),
     seed=SEEDS,
@@ -124,7 +124,7 @@ def test_a_window_is_read_in_as_many_pieces_as_it_has_blocks(length, seed, epoch
     assert pieces <= -(-length // blocks.size) + 1
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(seed=SEEDS, start=st.integers(0, 10**9), count=st.integers(1, 400), size=st.integers(1, 200))
 def test_consecutive_positions_touch_few_blocks(seed, start, count, size):
     # Far more samples than a window holds: without blocks, nearly every position would touch a block of its own.
@@ -157,7 +157,7 @@ def test_samples_come_at_every_place_equally_often_by_blocks():
 
 
 @given(length=st.integers(1, 500), seed=SEEDS)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_one_window_of_everything_shuffles_as_well(length, seed):
     # The block is larger than the data: one piece, in another order than it lies in.
     order = Order(length, seed, Blocks(1000, 4))

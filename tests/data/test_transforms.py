@@ -22,7 +22,7 @@ def ramp(height, width):
     return np.stack([columns, rows, np.zeros_like(rows)], axis=2).astype(np.uint8)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     height=st.integers(MIN_SIDE, 90),
     width=st.integers(MIN_SIDE, 90),

@@ -72,7 +72,7 @@ def test_timesteps_are_exact_at_the_table() -> None:
     np.testing.assert_allclose(timestep(noise_fractions().float()).numpy(), np.arange(1000), atol=0.02)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.floats(0.0, 1.0))
 def test_timesteps_interpolate_the_logarithm_of_the_ratio(t: float) -> None:
     ratio = np.sqrt((1 - table()) / table())

@@ -36,7 +36,7 @@ def gaussian(x: Tensor, t: Tensor) -> Tensor:
 
 
 @given(st.sampled_from(FIXED), st.integers(1, 30), st.floats(0.1, 10.0))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_straight_paths_are_exact_at_any_grid(name: str, steps: int, shift: float) -> None:
     data = torch.ones_like(NOISE) * 0.3
     result = make(name, steps=steps, shift=shift).sample(lambda x, t: NOISE - data, NOISE)
