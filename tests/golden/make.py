@@ -81,8 +81,8 @@ def make_cache(folder: Path) -> None:
 
 def make_tokenizer(folder: Path) -> None:
     parts = {
-        "encoder": underpaint.create("encoder", "tiny/vit@random", width=8, depth=1, heads=2, patch=2, stem="linear"),
-        "adapter": underpaint.create("adapter", "aligntok/mlp", in_channels=(8,), latent_channels=2),
+        "encoder": underpaint.create("encoder", "ldm/encoder", base=4, multipliers=(1, 1), blocks=1, attention=False),
+        "adapter": underpaint.create("adapter", "aligntok/mlp", in_channels=(4,), latent_channels=2),
         "decoder": underpaint.create(
             "decoder", "rae/vit-b", latent_channels=2, stride=2, width=8, depth=1, heads=2, hidden=8
         ),

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import stage_cases as cases
 import torch
+from processes import on_ranks
 from torch import Tensor
 
 from underpaint.config.schema import GuardConfig
@@ -91,7 +92,7 @@ def test_a_dropped_step_changes_nothing(alone: Ranks) -> None:
 
 @pytest.mark.slow
 def test_a_jump_on_one_rank_is_dropped_on_both(tmp_path: Path) -> None:
-    first, second = cases.on_ranks(tmp_path, 2, cases.guarded_stages)
+    first, second = on_ranks(tmp_path, 2, cases.guarded_stages)
     check(first)
     assert all(second[zero][0] == first[zero][0] for zero in range(4))
 

@@ -8,7 +8,8 @@ from typing import Any
 import joint_cases as cases
 import pytest
 import torch
-from stage_cases import gradients, on_ranks, pixels
+from processes import on_ranks
+from stage_cases import gradients, pixels
 from torch import Tensor, nn
 
 from underpaint.training.joint_stage import LatentNorm, running_statistics

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import stage_cases as cases
 import torch
+from processes import on_ranks
 from torch import Tensor, nn
 
 import underpaint
@@ -162,7 +163,7 @@ def test_blocks_with_pairs_compile_into_one_graph_each() -> None:
 @pytest.mark.slow
 def test_every_zero_stage_and_two_ranks_train_the_same_pairs(alone: Ranks, tmp_path: Path) -> None:
     joint = cases.lora_stages(alone)
-    first, second = cases.on_ranks(tmp_path, 2, cases.lora_stages)
+    first, second = on_ranks(tmp_path, 2, cases.lora_stages)
     assert all(second[zero] == {} for zero in range(4))
     for zero in range(4):
         for found in (joint[zero], first[zero]):
