@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import open_clip
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 __all__ = ["NativeTower", "Tower", "TrunkTower", "make_tower"]
 
 
-class Tower(nn.Module):
+class Tower(nn.Module, ABC):
     """An image tower.
 
     Attributes:
@@ -31,16 +32,16 @@ class Tower(nn.Module):
         super().__init__()
         self.visual: Any = visual
 
+    @abstractmethod
     def final_norm(self) -> nn.Module:
         """Return the last norm over tokens, or an identity where the tower has none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, pixels: Tensor, layers: tuple[int, ...]) -> tuple[list[Tensor], list[Tensor] | None, Tensor]:
         """Return B×N×C patch tokens after each of `layers`, the B×C class tokens there, and the tower's B×E output.
 
         A tower without class token gives None in their place.
         """
-        raise NotImplementedError
 
 
 class NativeTower(Tower):
