@@ -25,15 +25,12 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from underpaint.config.schema import (
-    ComponentConfig,
-    DiffusionConfig,
-    EngineConfig,
-    LossConfig,
-    OptimizerConfig,
-    StageConfig,
-    TokenizerConfig,
-)
+from underpaint.config.component import ComponentConfig
+from underpaint.config.diffusion import DiffusionConfig
+from underpaint.config.engine import EngineConfig, OptimizerConfig
+from underpaint.config.losses import LossConfig
+from underpaint.config.stages import StageConfig
+from underpaint.config.tokenizer import TokenizerConfig
 from underpaint.interfaces.loss import StepSizes
 from underpaint.models.build import build_generator_parts, build_tokenizer
 from underpaint.models.tokenizer import Tokenizer
