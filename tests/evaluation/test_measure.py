@@ -80,6 +80,7 @@ def test_every_setting_changes_the_protocol() -> None:
         "samples": 5,
         "sampler": {"solver": "euler", "evaluations": 2, "grid_points": 3, "shift": 1.0},
         "guidance": {"scale": 1.0, "channels": None, "interval": [0.0, 1.0], "weak": None},
+        "precision": "fp32",
         "labels": "balanced",
         "seed": 0,
         "metric": "mean",

@@ -166,6 +166,38 @@ def test_samples_repeat_with_every_sampler(sampler: str) -> None:
     assert torch.equal(first, draw(generator, sampler=sampler, scale=1.5))
 
 
+def test_bf16_samples_are_near_those_in_fp32(weak: Path) -> None:
+    how = {"scale": 2.0, "weak": str(weak)}
+    wanted = draw(disturbed(0), **how)
+    generator = disturbed(0)
+    generator.prepare(precision="bf16")
+    found = draw(generator, **how)
+    assert found.dtype == torch.float32
+    assert not torch.equal(found, wanted)
+    # Eight significant bits, through three steps of a small network.
+    assert (found - wanted).abs().max() < 0.05 * wanted.abs().max()
+
+
+def test_a_weaker_model_computes_as_the_generator_does(weak: Path) -> None:
+    generator = disturbed(0)
+    generator.prepare(precision="bf16")
+    draw(generator, scale=2.0, weak=str(weak))
+    (weaker,) = generator._weak.values()
+    assert weaker.precision == "bf16"
+
+
+def test_fp8_needs_a_device_that_has_it() -> None:
+    with pytest.raises(ConfigError, match="no matrix products in 8 bits"):
+        disturbed(0).prepare(precision="fp8")
+
+
+def test_the_protocol_says_what_the_backbone_computed_in() -> None:
+    generator = disturbed(0)
+    assert generator.protocol()["precision"] == "fp32"
+    generator.prepare(precision="bf16")
+    assert generator.protocol()["precision"] == "bf16"
+
+
 def test_the_protocol_has_every_setting(weak: Path, tmp_path: Path) -> None:
     generator = disturbed(0)
     every = [

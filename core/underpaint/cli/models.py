@@ -19,6 +19,7 @@ from underpaint.errors import ConfigError, DataError, UnderpaintError
 if TYPE_CHECKING:
     import torch
 
+    from underpaint.config.engine import Precision
     from underpaint.data.latents import LatentCache
     from underpaint.models.generator import Generator, SamplingSettings
     from underpaint.models.tokenizer import Tokenizer
@@ -32,7 +33,19 @@ _device = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), d
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _steps = click.option("--steps", type=click.IntRange(1), help="Solver steps for samples.  [default: the generator's]")
 _guidance = click.option("--guidance", type=float, help="Guidance scale for samples.  [default: the generator's]")
+_precision = click.option(
+    "--precision",
+    type=click.Choice(["fp32", "bf16", "fp8"]),
+    default="fp32",
+    show_default=True,
+    help="What the backbone computes in.",
+)
+_compile = click.option("--compile", "compiled", is_flag=True, help="Compile the backbone, for many samples.")
 _batch = click.option("--batch", type=click.IntRange(1), default=32, show_default=True, help="Images at once.")
+
+
+_SHOWN = 64
+"""Samples in the grid."""
 
 
 def _pick(device: str) -> torch.device:
@@ -229,6 +242,8 @@ def _reconstruction(tokenizer: Tokenizer, data: RunData, count: int, batch: int,
 @_guidance
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the first image; the next counts on.")
 @_batch
+@_precision
+@_compile
 @_device
 def sample(
     model: str,
@@ -240,6 +255,8 @@ def sample(
     guidance: float | None,
     seed: int,
     batch: int,
+    precision: Precision,
+    compiled: bool,
     device: str,
 ) -> None:
     """Draw images from a generator: a grid to look at, and all of them in one .npz (arr_0: N×H×W×3 uint8)."""
@@ -248,23 +265,24 @@ def sample(
 
     from underpaint.config.recipe import write_atomically
     from underpaint.data.transforms import to_uint8
+    from underpaint.evaluation.sample_file import SampleFile
     from underpaint.report.pictures import contact_sheet
 
     generator = _load_generator(model).to(_pick(device))
     settings = _settings(generator, steps, guidance)
     inputs = _sample_inputs(generator, labels, text, count)
-    images = []
-    for start in range(0, count, batch):
-        end = min(start + batch, count)
-        drawn = generator.sample(inputs[start:end], seeds=range(seed + start, seed + end), settings=settings)
-        images.append(to_uint8(drawn).cpu().numpy())
+    generator.prepare(precision=precision, compile=compiled)
     out.mkdir(parents=True, exist_ok=True)
-    pixels = np.concatenate(images)
-    kept: dict[str, Any] = {"arr_0": pixels}
-    if isinstance(inputs, torch.Tensor):
-        kept["arr_1"] = inputs.numpy()
-    np.savez(out / "samples.npz", **kept)
-    write_atomically(out / "grid.png", contact_sheet(pixels[:64], min(8, count)))
+    shown: list[Any] = []
+    with SampleFile(out / "samples.npz", count, inputs.numpy() if isinstance(inputs, torch.Tensor) else None) as file:
+        for start in range(0, count, batch):
+            end = min(start + batch, count)
+            drawn = generator.sample(inputs[start:end], seeds=range(seed + start, seed + end), settings=settings)
+            pixels = to_uint8(drawn)
+            file.add(pixels)
+            if start < _SHOWN:
+                shown.append(pixels[: _SHOWN - start].cpu().numpy())
+    write_atomically(out / "grid.png", contact_sheet(np.concatenate(shown), min(8, count)))
     click.echo(f"{count} images: {out / 'grid.png'} and {out / 'samples.npz'}")
 
 
@@ -315,6 +333,8 @@ def _sample_inputs(generator: Generator, labels: str | None, text: tuple[str, ..
 @click.option("--seed", type=int, default=0, show_default=True)
 @_size
 @_batch
+@_precision
+@_compile
 @_device
 @click.option("--save", type=click.Path(path_type=Path), help="Write the numbers with their protocols to this file.")
 @click.option("--compare", type=click.Path(path_type=Path, exists=True), help="Numbers of an earlier --save.")
@@ -330,6 +350,8 @@ def evaluate(
     seed: int,
     size: int | None,
     batch: int,
+    precision: Precision,
+    compiled: bool,
     device: str,
     save: Path | None,
     compare: Path | None,
@@ -359,6 +381,7 @@ def evaluate(
         config = EvaluationConfig(
             images=count, batch=batch, sampler=settings.sampler, guidance=settings.guidance, seed=seed
         )
+        found.prepare(precision=precision, compile=compiled)
         chosen = images.validation_indices[:count]
         references = ImagePass(images.validation, transform=images.plain_crop(), batch=batch, indices=chosen)
         facts = {"data": images.validation.spec.name, "data_hash": images.fingerprint("validation")}

@@ -9,7 +9,9 @@ import attrs
 
 from underpaint.config.ranges import fraction, not_negative, optional_positive, positive
 
-__all__ = ["EngineConfig", "OptimizerConfig"]
+__all__ = ["EngineConfig", "OptimizerConfig", "Precision"]
+
+Precision = Literal["fp32", "bf16", "fp8"]
 
 
 @attrs.frozen(kw_only=True)
@@ -44,7 +46,8 @@ class EngineConfig:
     Attributes:
         device: ``auto`` takes the GPU when there is one.
         zero: DeepSpeed ZeRO stage.
-        precision: ``bf16`` keeps fp32 master weights.
+        precision: ``bf16`` keeps fp32 master weights; ``fp8`` is bf16 with the matrix products of the diffusion
+            backbone's blocks in 8 bits, on GPUs that have them (extra ``fp8``).
         accumulation: Micro-batches per optimizer step.
         compile: Compile the blocks with torch.compile.
         deterministic: Bit-repeatable kernels, at some cost.
@@ -57,7 +60,7 @@ class EngineConfig:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     zero: Literal[0, 1, 2, 3] = 0
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     accumulation: int = attrs.field(default=1, validator=positive)
     compile: bool = False
     deterministic: bool = False

@@ -8,6 +8,7 @@ import attrs
 
 from underpaint.config.component import ComponentConfig
 from underpaint.config.diffusion import GuidanceConfig
+from underpaint.config.engine import Precision
 from underpaint.config.ranges import positive
 
 __all__ = ["EvaluationConfig"]
@@ -24,6 +25,7 @@ class EvaluationConfig:
         generation: Metrics of samples.
         sampler: Solver.
         guidance: Guidance.
+        precision: What the backbone computes in when samples are drawn, as in `EngineConfig`.
         labels: ``balanced`` gives every class equally often, ``random`` draws uniformly.
         seed: Seed of noise and labels.
         show: Images in the report's grids.
@@ -35,6 +37,7 @@ class EvaluationConfig:
     generation: tuple[ComponentConfig, ...] = ()
     sampler: ComponentConfig = attrs.field(factory=lambda: ComponentConfig(name="euler"))
     guidance: GuidanceConfig = attrs.field(factory=GuidanceConfig)
+    precision: Precision = "fp32"
     labels: Literal["balanced", "random"] = "balanced"
     seed: int = 0
     show: int = attrs.field(default=24, validator=positive)

@@ -23,6 +23,7 @@ from underpaint.interfaces.encoder import Encoder
 from underpaint.interfaces.loss import StepSizes
 from underpaint.models.build import build_generator_parts
 from underpaint.models.folders import copy_generator, save_generator
+from underpaint.models.fp8 import use_fp8
 from underpaint.models.generator import Generator, SamplingSettings
 from underpaint.models.tokenizer import Tokenizer
 from underpaint.registration.manager import manager
@@ -126,6 +127,8 @@ def run_diffusion_stage(session: Session, tokenizer: Tokenizer, cache: LatentCac
     black = torch.zeros((1, *image, 3), dtype=torch.uint8) if with_images else None
     one = LatentBatch(torch.zeros(1, *shape), _first_input(conditioner.accepts), slice(0, 1), black)
     flops = count_flops(module, lambda: _call(module, one, noise, companion, 0, ranks.device)[0])
+    if recipe.engine.precision == "fp8":
+        use_fp8(backbone.blocks() or [backbone], lambda: _call(module, one, noise, companion, 0, ranks.device))
     samples = session.data.train_indices[cache.positions]
     latents = recipe.latents
     blocks = Blocks(latents.block, latents.window) if latents.read == "sequential" else None

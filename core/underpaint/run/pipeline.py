@@ -209,6 +209,7 @@ def _sample_count(session: Session) -> int:
 def _measured_generation(session: Session, generator: Generator) -> tuple[list[Number], Shown]:
     config, data, ranks = session.recipe.evaluation, session.data, session.ranks
     metrics = make_metrics(config.generation, ranks.device)
+    generator.prepare(precision=config.precision, compile=session.recipe.engine.compile)
     numbers, shown = measure_generation(
         generator,
         data.validation_pass(config.images, config.batch, ranks),

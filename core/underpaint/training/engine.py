@@ -129,7 +129,7 @@ class Engine:
         self._micro = 0
         self._bad = 0
         self._kept: Tensor | None = None
-        self._dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        self._dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
         self._groups = _groups(module, parts, optimizer)
         self._names = tuple(name for group in self._groups for name in group.names)
         self._shapes = {

@@ -44,19 +44,20 @@ def count_flops(module: nn.Module, step: Callable[[], Tensor]) -> float:
 def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
     """Return the peak of matrix products in FLOP/s, and where the figure comes from.
 
-    A device without a datasheet entry is measured: the best of a few float32 products.
+    Of fp8 training it is that of bf16, which part of the products still use. A device without a datasheet entry is
+    measured: the best of a few products.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for part, (bf16, tf32) in _PEAKS.items():
             if part in name:
                 return (
-                    (bf16, f"{name} datasheet, dense bf16")
-                    if precision == "bf16"
-                    else (tf32, f"{name} datasheet, TF32")
+                    (tf32, f"{name} datasheet, TF32")
+                    if precision == "fp32"
+                    else (bf16, f"{name} datasheet, dense bf16")
                 )
     size = 4096 if device.type == "cuda" else 768
-    dtype = torch.bfloat16 if precision == "bf16" and device.type == "cuda" else torch.float32
+    dtype = torch.bfloat16 if precision != "fp32" and device.type == "cuda" else torch.float32
     a = torch.ones(size, size, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(4):
