@@ -30,7 +30,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
-from underpaint.config.schema import ComponentConfig, DiffusionConfig, EngineConfig, OptimizerConfig, TokenizerConfig
+from underpaint.config.component import ComponentConfig
+from underpaint.config.diffusion import DiffusionConfig
+from underpaint.config.engine import EngineConfig, OptimizerConfig
+from underpaint.config.tokenizer import TokenizerConfig
 from underpaint.interfaces.loss import StepSizes
 from underpaint.models.build import build_generator_parts, build_tokenizer
 from underpaint.training.compilation import compile_modules

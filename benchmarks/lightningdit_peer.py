@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import underpaint
-from underpaint.config.schema import OptimizerConfig
+from underpaint.config.engine import OptimizerConfig
 
 __all__ = ["Maker", "maker"]
 

@@ -19,8 +19,10 @@ import attrs
 import torch
 from record import Record, fast_matrices, timed
 
+from underpaint.config.engine import EngineConfig
 from underpaint.config.recipe import plain_recipe, recipe_from_plain
-from underpaint.config.schema import EngineConfig, Recipe, StageConfig
+from underpaint.config.schema import Recipe
+from underpaint.config.stages import StageConfig
 from underpaint.models.build import build_tokenizer
 from underpaint.models.tokenizer import Tokenizer
 from underpaint.registration.manager import manager

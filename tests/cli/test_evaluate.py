@@ -13,8 +13,8 @@ from PIL import Image
 from tests.models.test_folders import make_generator
 
 from underpaint.cli.models import evaluate
+from underpaint.config.component import ComponentConfig
 from underpaint.config.diffusion import GuidanceConfig
-from underpaint.config.schema import ComponentConfig
 from underpaint.models.folders import save_generator
 from underpaint.models.generator import SamplingSettings
 

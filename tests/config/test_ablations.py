@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from underpaint.bench.matrix import Cell, read_matrix, resolve_cells
-from underpaint.config.schema import LoraConfig
+from underpaint.config.stages import LoraConfig
 from underpaint.errors import ConfigError
 from underpaint.interfaces.loss import StepSizes
 from underpaint.registration.manager import manager

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from underpaint import BrokenImageError, ConfigError, DataError, Dataset, Sample
-from underpaint.config.schema import ComponentConfig, DataConfig
+from underpaint.config.component import ComponentConfig
+from underpaint.config.data import DataConfig
 from underpaint.data.loader import Batch, ImageLoader
 from underpaint.data.resident import ResidentImages
 from underpaint.data.transforms import Crop

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from underpaint import ConfigError, DataError, NotFoundError
-from underpaint.config.schema import ComponentConfig
+from underpaint.config.component import ComponentConfig
 from underpaint.data.sources import guess_dataset, open_dataset, split
 from underpaint.testing.files import place
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 import underpaint
 from underpaint import Backbone, Condition, ConfigError, DataError, Encoder, EncoderInfo, Features, Prediction
-from underpaint.config.diffusion import GuidanceConfig
-from underpaint.config.schema import ComponentConfig, DiffusionConfig, LossConfig
+from underpaint.config.component import ComponentConfig
+from underpaint.config.diffusion import DiffusionConfig, GuidanceConfig
+from underpaint.config.losses import LossConfig
 from underpaint.config.structure import structure
 from underpaint.diffusion.companion import companion_maps, join, separate
 from underpaint.diffusion.guidance import guided_field

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from underpaint import Backbone, Condition, Conditioner, Prediction, StepSizes
-from underpaint.config.diffusion import TimeConfig
-from underpaint.config.schema import ComponentConfig, DiffusionConfig
+from underpaint.config.component import ComponentConfig
+from underpaint.config.diffusion import DiffusionConfig, TimeConfig
 from underpaint.diffusion.paths import PATHS
 from underpaint.training.diffusion_stage import DiffusionModule, StepNoise, diffusion_losses
 

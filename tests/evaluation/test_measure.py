@@ -13,8 +13,9 @@ from tests.models.test_folders import make_generator
 from torch import Tensor
 
 from underpaint import ConfigError, Metric
+from underpaint.config.component import ComponentConfig
 from underpaint.config.diffusion import GuidanceConfig
-from underpaint.config.schema import ComponentConfig, EvaluationConfig
+from underpaint.config.evaluation import EvaluationConfig
 from underpaint.evaluation.measure import measure_generation
 from underpaint.evaluation.protocol import Number
 from underpaint.models.generator import Generator

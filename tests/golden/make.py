@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import underpaint
-from underpaint.config.schema import EngineConfig, OptimizerConfig
+from underpaint.config.engine import EngineConfig, OptimizerConfig
 from underpaint.data.latent_writer import LatentCacheWriter
 from underpaint.data.latents import FORMAT as CACHE_FORMAT
 from underpaint.data.latents import CacheIdentity

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import underpaint
-from underpaint.config.schema import DiffusionConfig
+from underpaint.config.diffusion import DiffusionConfig
 from underpaint.config.structure import structure
 from underpaint.errors import DataError, NotFoundError, PluginError
 from underpaint.models.build import build_generator_parts

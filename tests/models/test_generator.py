@@ -10,8 +10,8 @@ import torch
 
 from tests.models.test_folders import make_generator, make_tokenizer
 from underpaint import Condition, ConfigError, DataError, LatentStatistics
+from underpaint.config.component import ComponentConfig
 from underpaint.config.diffusion import GuidanceConfig
-from underpaint.config.schema import ComponentConfig
 from underpaint.models.folders import save_generator, save_tokenizer
 from underpaint.models.generator import Generator, SamplingSettings
 

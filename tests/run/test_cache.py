@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.run.conftest import tiny_recipe
 from underpaint import Posterior
-from underpaint.config.schema import LatentsConfig
+from underpaint.config.data import LatentsConfig
 from underpaint.data.latent_check import check_cache
 from underpaint.data.latents import LatentCache
 from underpaint.data.transforms import to_tensor

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 import underpaint
+from underpaint.config.component import ComponentConfig
+from underpaint.config.diffusion import DiffusionConfig
 from underpaint.config.recipe import apply_overrides, plain_recipe, recipe_from_plain
-from underpaint.config.schema import ComponentConfig, DiffusionConfig, Recipe
+from underpaint.config.schema import Recipe
 from underpaint.models.build import build_tokenizer
 from underpaint.models.folders import save_tokenizer
 from underpaint.models.generator import Generator

@@ -17,8 +17,9 @@ import underpaint
 from tests.run.conftest import TINY
 from tests.run.test_launch import finish, train
 from tests.run.test_stages import PATCHGAN, Cut, cut
+from underpaint.config.component import ComponentConfig
 from underpaint.config.recipe import apply_overrides, plain_recipe, recipe_from_plain
-from underpaint.config.schema import ComponentConfig, Recipe
+from underpaint.config.schema import Recipe
 from underpaint.errors import ConfigError, DataError, NotFoundError
 from underpaint.models.build import build_tokenizer
 from underpaint.models.folders import save_tokenizer

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import underpaint
 from underpaint.cli.main import main
-from underpaint.config.schema import ComponentConfig
+from underpaint.config.component import ComponentConfig
 from underpaint.data.sources import guess_dataset, open_dataset
 from underpaint.data.transforms import to_tensor
 from underpaint.evaluation.protocol import read_numbers

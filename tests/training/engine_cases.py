@@ -10,7 +10,7 @@ import torch
 import torch.multiprocessing
 from torch import Tensor, nn
 
-from underpaint.config.schema import EngineConfig, OptimizerConfig
+from underpaint.config.engine import EngineConfig, OptimizerConfig
 from underpaint.errors import RunLockedError, UnderpaintError
 from underpaint.training import state
 from underpaint.training.checkpoint import CheckpointStore

@@ -10,7 +10,9 @@ import torch
 from stage_cases import ENCODER, SIZE, make_stage, make_tokenizer, pixels, share
 from torch import Tensor
 
-from underpaint.config.schema import DenoiserConfig, DiffusionConfig, EngineConfig, OptimizerConfig
+from underpaint.config.diffusion import DiffusionConfig
+from underpaint.config.engine import EngineConfig, OptimizerConfig
+from underpaint.config.stages import DenoiserConfig
 from underpaint.config.structure import structure
 from underpaint.models.build import build_generator_parts
 from underpaint.training.diffusion_stage import DiffusionModule, StepNoise, diffusion_losses

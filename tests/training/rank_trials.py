@@ -22,7 +22,7 @@ import torch
 from processes import free_port
 from torch import Tensor
 
-from underpaint.config.schema import EngineConfig
+from underpaint.config.engine import EngineConfig
 from underpaint.errors import UnderpaintError
 from underpaint.training.checkpoint import CheckpointStore
 from underpaint.training.engine import StepResult

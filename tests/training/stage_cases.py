@@ -9,17 +9,11 @@ import torch
 import torch.multiprocessing
 from torch import Tensor
 
-from underpaint.config.schema import (
-    EngineConfig,
-    EquivarianceConfig,
-    GuardConfig,
-    LoraConfig,
-    LossConfig,
-    OptimizerConfig,
-    StageConfig,
-    TokenizerConfig,
-)
+from underpaint.config.engine import EngineConfig, OptimizerConfig
+from underpaint.config.losses import LossConfig
+from underpaint.config.stages import EquivarianceConfig, GuardConfig, LoraConfig, StageConfig
 from underpaint.config.structure import structure
+from underpaint.config.tokenizer import TokenizerConfig
 from underpaint.data.transforms import to_tensor
 from underpaint.interfaces.decoder import Reconstruction
 from underpaint.interfaces.loss import AdversarialLoss, StepTensors

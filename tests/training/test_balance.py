@@ -11,7 +11,7 @@ import torch
 from processes import on_ranks
 from torch import nn
 
-from underpaint.config.schema import AdaptiveConfig
+from underpaint.config.losses import AdaptiveConfig
 from underpaint.errors import ConfigError
 from underpaint.interfaces.decoder import Reconstruction
 from underpaint.training.balance import Share, balanced, detached

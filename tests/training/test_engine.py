@@ -10,7 +10,7 @@ import torch
 from processes import on_ranks
 from torch import nn
 
-from underpaint.config.schema import EngineConfig, OptimizerConfig
+from underpaint.config.engine import EngineConfig, OptimizerConfig
 from underpaint.errors import ConfigError, DataError, UnderpaintError
 from underpaint.training.engine import Engine
 from underpaint.training.ranks import Ranks

@@ -9,7 +9,7 @@ import stage_cases as cases
 import torch
 from torch import Tensor
 
-from underpaint.config.schema import EquivarianceConfig
+from underpaint.config.stages import EquivarianceConfig
 from underpaint.data.transforms import to_tensor
 from underpaint.errors import ConfigError
 from underpaint.interfaces.loss import Loss, StepTensors

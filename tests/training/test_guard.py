@@ -14,7 +14,7 @@ import torch
 from processes import on_ranks
 from torch import Tensor
 
-from underpaint.config.schema import GuardConfig
+from underpaint.config.stages import GuardConfig
 from underpaint.errors import UnderpaintError
 from underpaint.training.guard import Guard
 from underpaint.training.ranks import Ranks

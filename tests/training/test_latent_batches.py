@@ -17,7 +17,7 @@ from tests.run.conftest import tiny_recipe
 from torch import Tensor
 
 from underpaint import BrokenImageError
-from underpaint.config.schema import LatentsConfig
+from underpaint.config.data import LatentsConfig
 from underpaint.data.latents import LatentCache
 from underpaint.data.order import Blocks, Order
 from underpaint.data.transforms import to_tensor

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from underpaint.config.schema import EngineConfig
+from underpaint.config.engine import EngineConfig
 from underpaint.training.checkpoint import CheckpointStore
 from underpaint.training.engine import NotFiniteError, StepResult
 from underpaint.training.log import StageLog, read_rows

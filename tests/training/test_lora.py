@@ -12,7 +12,7 @@ from processes import on_ranks
 from torch import Tensor, nn
 
 import underpaint
-from underpaint.config.schema import LoraConfig
+from underpaint.config.stages import LoraConfig
 from underpaint.errors import ConfigError
 from underpaint.training.lora import add_pairs, merged
 from underpaint.training.ranks import Ranks

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from underpaint.config.schema import OptimizerConfig
+from underpaint.config.engine import OptimizerConfig
 from underpaint.training.schedule import rate_factor
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from underpaint.config.schema import ComponentConfig, StopConfig
+from underpaint.config.component import ComponentConfig
+from underpaint.config.stages import StopConfig
 from underpaint.training.ranks import Ranks
 from underpaint.training.stopping import StopRule
 

@@ -10,7 +10,9 @@ import click
 import yaml
 
 from underpaint.cli.output import print_json, print_table
-from underpaint.config.schema import ComponentConfig, DataConfig, EvaluationConfig, LatentsConfig
+from underpaint.config.component import ComponentConfig
+from underpaint.config.data import DataConfig, LatentsConfig
+from underpaint.config.evaluation import EvaluationConfig
 from underpaint.config.structure import structure
 from underpaint.errors import ConfigError, DataError, UnderpaintError
 

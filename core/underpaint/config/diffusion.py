@@ -1,4 +1,4 @@
-"""The parts of a recipe that say at which noise a model is trained and how samples are guided."""
+"""Training of the diffusion model: its parts, at which noise it is trained, and how its samples are guided."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from typing import Any, Literal
 import attrs
 from attrs import validators as v
 
+from underpaint.config.component import ComponentConfig
+from underpaint.config.engine import OptimizerConfig
+from underpaint.config.losses import LossConfig
+from underpaint.config.ranges import decay, fraction, not_negative, optional_positive, positive
 from underpaint.errors import ConfigError
 
-__all__ = ["GuidanceConfig", "PathName", "Predicts", "ShiftRule", "TimeConfig"]
+__all__ = ["DiffusionConfig", "GuidanceConfig", "PathName", "Predicts", "ShiftRule", "TimeConfig"]
 
 PathName = Literal["linear", "cosine", "vp"]
 Predicts = Literal["velocity", "noise", "data"]
@@ -42,16 +46,53 @@ class TimeConfig:
 
     distribution: Literal["uniform", "logit-normal", "mode"] = "logit-normal"
     mean: float = 0.0
-    std: float = attrs.field(default=1.0, validator=v.gt(0))
+    std: float = attrs.field(default=1.0, validator=positive)
     mode: float = attrs.field(default=1.29, validator=v.and_(v.ge(-1.0), v.le(2.0 / (math.pi - 2.0))))
     range: tuple[float, float] = (0.0, 1.0)
-    uniform_from: int | None = attrs.field(default=None, validator=v.optional(v.ge(0)))
+    uniform_from: int | None = attrs.field(default=None, validator=v.optional(not_negative))
     shift: float | ShiftRule = attrs.field(default=1.0, validator=_positive_number)
-    patch: int = attrs.field(default=1, validator=v.gt(0))
+    patch: int = attrs.field(default=1, validator=positive)
 
     def __attrs_post_init__(self) -> None:
         if not 0.0 <= self.range[0] < self.range[1] <= 1.0:
             raise ConfigError(f"time.range is {list(self.range)}; it must be [low, high] with 0 ≤ low < high ≤ 1.")
+
+
+@attrs.frozen(kw_only=True)
+class DiffusionConfig:
+    """Training of the latent diffusion model.
+
+    Attributes:
+        backbone: Network.
+        conditioner: Labels or texts to conditions.
+        losses: What is minimised.
+        steps: Optimizer steps.
+        batch: Latents per optimizer step, over all ranks.
+        optimizer: Optimizer and schedule.
+        ema: Decay of the exponential moving average that is sampled from.
+        time: Distribution of t.
+        path: Path between data and noise: ``linear``; ``cosine`` (α = cos(πt/2), GVP); ``vp`` (the variance-preserving
+            path of DDPM, in continuous time). Samplers follow the linear path whatever the training path.
+        predicts: What the backbone's output is trained to be: velocity of that path, noise or data.
+        dropout: Share of samples that train the null condition, for guidance.
+        companion: Frozen encoder whose pooled features of the images are the companion, for backbones that have one;
+            they are taken as the encoder gives them.
+        start: Stage whose denoiser is trained on, weights alone; None starts a new one.
+    """
+
+    backbone: ComponentConfig
+    conditioner: ComponentConfig
+    losses: tuple[LossConfig, ...] = (LossConfig(name="velocity"),)
+    steps: int = attrs.field(validator=positive)
+    batch: int = attrs.field(default=256, validator=positive)
+    optimizer: OptimizerConfig = attrs.field(factory=OptimizerConfig)
+    ema: float | None = attrs.field(default=0.9999, validator=decay)
+    time: TimeConfig = attrs.field(factory=TimeConfig)
+    path: PathName = "linear"
+    predicts: Predicts = "velocity"
+    dropout: float = attrs.field(default=0.1, validator=fraction)
+    companion: ComponentConfig | None = None
+    start: str | None = None
 
 
 @attrs.frozen(kw_only=True)
@@ -67,8 +108,8 @@ class GuidanceConfig:
             away from (AutoGuidance, Karras et al. 2024); None takes the model's own with the null condition.
     """
 
-    scale: float = attrs.field(default=1.0, validator=v.ge(0))
-    channels: int | None = attrs.field(default=None, validator=v.optional(v.gt(0)))
+    scale: float = attrs.field(default=1.0, validator=not_negative)
+    channels: int | None = attrs.field(default=None, validator=optional_positive)
     interval: tuple[float, float] = (0.0, 1.0)
     weak: str | None = None
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from underpaint.config.engine import EngineConfig
+from underpaint.config.stages import StageConfig
 from underpaint.errors import ConfigError
-
-if TYPE_CHECKING:
-    from underpaint.config.schema import EngineConfig, StageConfig
 
 __all__ = ["check_joint"]
 

@@ -12,7 +12,9 @@ from typing import Any
 import attrs
 import yaml
 
-from underpaint.config.schema import ComponentConfig, LossConfig, Recipe
+from underpaint.config.component import ComponentConfig
+from underpaint.config.losses import LossConfig
+from underpaint.config.schema import Recipe
 from underpaint.config.structure import structure, unstructure
 from underpaint.errors import ConfigError, NotFoundError
 

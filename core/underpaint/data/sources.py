@@ -12,7 +12,7 @@ import fsspec
 import numpy as np
 from numpy.typing import NDArray
 
-from underpaint.config.schema import ComponentConfig
+from underpaint.config.component import ComponentConfig
 from underpaint.data.order import Order
 from underpaint.errors import DataError
 from underpaint.interfaces.dataset import Dataset

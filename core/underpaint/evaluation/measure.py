@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from underpaint.config.schema import ComponentConfig, EvaluationConfig
+from underpaint.config.component import ComponentConfig
+from underpaint.config.evaluation import EvaluationConfig
 from underpaint.data.loader import Batch
 from underpaint.data.transforms import to_tensor, to_uint8
 from underpaint.errors import ConfigError, DataError

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from underpaint.config.schema import ComponentConfig, DiffusionConfig, TokenizerConfig
+from underpaint.config.component import ComponentConfig
+from underpaint.config.diffusion import DiffusionConfig
+from underpaint.config.tokenizer import TokenizerConfig
 from underpaint.errors import ConfigError, DataError
 from underpaint.interfaces.adapter import Adapter
 from underpaint.interfaces.backbone import Backbone

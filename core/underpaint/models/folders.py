@@ -17,7 +17,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from underpaint.config.schema import ComponentConfig
+from underpaint.config.component import ComponentConfig
 from underpaint.config.structure import structure, unstructure
 from underpaint.errors import DataError, NotFoundError
 from underpaint.interfaces.component import ComponentSpec

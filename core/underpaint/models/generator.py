@@ -9,8 +9,8 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from underpaint.config.component import ComponentConfig
 from underpaint.config.diffusion import GuidanceConfig, PathName, Predicts
-from underpaint.config.schema import ComponentConfig
 from underpaint.diffusion.companion import companion_maps, join, separate
 from underpaint.diffusion.guidance import check_guidance, guided_field, null_condition
 from underpaint.diffusion.paths import linear_velocity

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from underpaint.config.schema import DataConfig, LatentsConfig
+from underpaint.config.data import DataConfig, LatentsConfig
 from underpaint.data.latent_writer import LatentCacheWriter
 from underpaint.data.latents import CacheIdentity, LatentCache, draw_latents
 from underpaint.data.loader import Batch, ImageLoader, ImagePass

@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from underpaint.config.schema import ComponentConfig, Recipe
+from underpaint.config.component import ComponentConfig
+from underpaint.config.schema import Recipe
 from underpaint.data.latents import LatentCache
 from underpaint.data.loader import Batch
 from underpaint.data.order import Blocks

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from underpaint.config.component import ComponentConfig
+from underpaint.config.losses import LossConfig
 from underpaint.config.recipe import apply_overrides, read_yaml, recipe_from_plain
-from underpaint.config.schema import ComponentConfig, LossConfig, Recipe
+from underpaint.config.schema import Recipe
 from underpaint.errors import ConfigError, NotFoundError
 from underpaint.registration.manager import manager
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from underpaint.config.schema import StageConfig
+from underpaint.config.stages import StageConfig
 from underpaint.data.loader import Batch
 from underpaint.errors import ConfigError
 from underpaint.evaluation.measure import make_metrics, measure_reconstruction

@@ -9,7 +9,9 @@ from typing import Any, Protocol
 import attrs
 from torch import Tensor, nn
 
-from underpaint.config.schema import ComponentConfig, GuardConfig, OptimizerConfig
+from underpaint.config.component import ComponentConfig
+from underpaint.config.engine import OptimizerConfig
+from underpaint.config.stages import GuardConfig
 from underpaint.registration.manager import manager
 from underpaint.run.session import Session
 from underpaint.training.checkpoint import CheckpointStore

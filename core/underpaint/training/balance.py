@@ -13,7 +13,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from underpaint.config.schema import AdaptiveConfig
+from underpaint.config.losses import AdaptiveConfig
 from underpaint.interfaces.decoder import Reconstruction
 
 __all__ = ["Share", "balanced", "detached"]

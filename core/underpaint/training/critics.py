@@ -8,8 +8,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from underpaint.config.engine import EngineConfig, OptimizerConfig
+from underpaint.config.losses import CriticConfig
 from underpaint.config.recipe import write_atomically
-from underpaint.config.schema import CriticConfig, EngineConfig, GuardConfig, OptimizerConfig
+from underpaint.config.stages import GuardConfig
 from underpaint.errors import ConfigError, DataError
 from underpaint.interfaces.loss import AdversarialLoss, StepTensors
 from underpaint.training.engine import Engine

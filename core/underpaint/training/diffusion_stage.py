@@ -8,8 +8,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from underpaint.config.diffusion import PathName, Predicts
-from underpaint.config.schema import DiffusionConfig
+from underpaint.config.diffusion import DiffusionConfig, PathName, Predicts
 from underpaint.data.order import sample_seed
 from underpaint.diffusion.paths import PATHS
 from underpaint.diffusion.times import sample_time

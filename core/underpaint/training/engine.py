@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from underpaint.config.schema import EngineConfig, OptimizerConfig
+from underpaint.config.engine import EngineConfig, OptimizerConfig
 from underpaint.errors import ConfigError, UnderpaintError, suggest
 from underpaint.training.ema import Ema
 from underpaint.training.masters import MOMENTS, Group, Masters, ReplicatedMasters, ShardedMasters

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from underpaint.config.schema import EquivarianceConfig
+from underpaint.config.stages import EquivarianceConfig
 
 __all__ = ["View", "draw_view", "resized", "turned_latents"]
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from underpaint.config.schema import GuardConfig
+from underpaint.config.stages import GuardConfig
 
 __all__ = ["Guard"]
 

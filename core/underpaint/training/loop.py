@@ -13,7 +13,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from underpaint.config.schema import EngineConfig
+from underpaint.config.engine import EngineConfig
 from underpaint.training.checkpoint import CheckpointStore
 from underpaint.training.engine import NotFiniteError, StepResult
 from underpaint.training.log import StageLog

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from underpaint.config.schema import OptimizerConfig
+from underpaint.config.engine import OptimizerConfig
 
 __all__ = ["ema_decay", "rate_factor"]
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from underpaint.config.recipe import write_atomically
-from underpaint.config.schema import StopConfig
+from underpaint.config.stages import StopConfig
 from underpaint.training.ranks import Ranks
 
 __all__ = ["StopRule"]

@@ -8,7 +8,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from underpaint.config.schema import LossConfig
+from underpaint.config.losses import LossConfig
 from underpaint.errors import ConfigError
 from underpaint.interfaces.loss import AdversarialLoss, Loss, StepSizes, StepTensors
 from underpaint.registration.manager import manager

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from underpaint.config.schema import EquivarianceConfig, GuardConfig, LoraConfig, StageConfig
+from underpaint.config.stages import EquivarianceConfig, GuardConfig, LoraConfig, StageConfig
 from underpaint.data.transforms import to_tensor
 from underpaint.errors import ConfigError, DataError, suggest
 from underpaint.interfaces.adapter import Posterior

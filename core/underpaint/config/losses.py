@@ -1,0 +1,82 @@
+"""A loss with its weight, and the training of its critic."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import attrs
+
+from underpaint.config.component import split_options
+from underpaint.config.engine import OptimizerConfig
+from underpaint.config.ranges import not_negative, positive
+
+__all__ = ["AdaptiveConfig", "CriticConfig", "LossConfig"]
+
+
+@attrs.frozen(kw_only=True)
+class AdaptiveConfig:
+    """A weight that keeps the gradient of a loss in proportion to that of the reconstruction (VQGAN, eq. 7).
+
+    The factor is the ratio of two gradient norms at one weight: that of all weighted reconstruction losses, over that
+    of this loss. The loss's own weight multiplies it. Written as a word, it is `at`.
+
+    Attributes:
+        at: Part whose last layer is measured at.
+        eps: Added to the denominator.
+        limit: Largest factor.
+        apply: Whether the factor multiplies the weight; false only logs it.
+    """
+
+    at: Literal["decoder", "adapter"]
+    eps: float = attrs.field(default=1e-4, validator=not_negative)
+    limit: float = attrs.field(default=1e4, validator=positive)
+    apply: bool = True
+
+    @staticmethod
+    def from_plain(value: Any, path: str) -> Any:
+        """Accept the part alone."""
+        return {"at": value} if isinstance(value, str) else value
+
+
+@attrs.frozen(kw_only=True)
+class CriticConfig:
+    """How the critic of an adversarial loss is trained.
+
+    Attributes:
+        optimizer: Optimizer and schedule; None takes the stage's.
+        start: First step at which the critic learns; the loss's own `start` says when its verdict counts.
+        carry: Earlier stage whose critic, of the same loss, is trained on; None starts a new one.
+    """
+
+    optimizer: OptimizerConfig | None = None
+    start: int = attrs.field(default=0, validator=not_negative)
+    carry: str | None = None
+
+
+@attrs.frozen(kw_only=True)
+class LossConfig:
+    """A loss with its weight and the steps at which it counts.
+
+    Attributes:
+        name: Registered name of the loss.
+        weight: Factor of all its terms.
+        start: First step at which it counts.
+        end: First step at which it no longer counts; None for never.
+        adaptive: Factor that follows the gradient of the reconstruction; None for none.
+        critic: Training of its critic, for adversarial losses.
+        options: Options of the loss.
+    """
+
+    name: str
+    weight: float = 1.0
+    start: int = attrs.field(default=0, validator=not_negative)
+    end: int | None = None
+    adaptive: AdaptiveConfig | None = None
+    critic: CriticConfig | None = None
+    options: Mapping[str, Any] = attrs.field(factory=dict)
+
+    @staticmethod
+    def from_plain(value: Any, path: str) -> Any:
+        """Accept the flat form that recipes are written in."""
+        return split_options(value, path, ("name", "weight", "start", "end", "adaptive", "critic"))
