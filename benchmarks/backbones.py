@@ -1,206 +1,164 @@
-"""Training steps of any registered backbone on one device, beside LightningDiT's own code.
+"""Training steps and forward passes of any registered backbone on one GPU, beside LightningDiT's own code.
 
-    python benchmarks/backbones.py --backbone lightningdit/XL-1 --batch 128 256 --out benchmarks/results/NAME.json
+    python benchmarks/backbones.py --backbone lightningdit/XL-1 -o qk_norm=false --batch 128 256 --out NAME.json
 
-Our step: bf16 weights with fp32 masters, blocks compiled, AdamW and EMA in one pass over flat buffers. Levers to
-compare: `--attention` (backend and padded head channels, such as ``cudnn:96``), `--memory-budget`, `--mode`, `--tune`
-and the backbone's own options (``-o recompute=true``). `--attention-only` times attention alone.
+Our step is what a training does: the module of the diffusion stage, its blocks compiled, through the DeepSpeed engine
+with fp32 masters, AdamW and EMA. `plain` is the same module with torch's fused AdamW, autocast and a foreach
+EMA in its place. Forward passes are those of sampling: no gradients, bf16 weights, half of a batch without its label.
+`--profile` says which kinds of kernels a step spends its time on.
 
 Where the folder `.peers/lightningdit` holds a clone of hustvl/LightningDiT, its model of the same size is timed in the
-same process, as published and with torch's fused AdamW and a foreach EMA. Both learn from random latents of one shape,
-with the same loss, and one group of steps runs without a word to the host, as a training does.
+same process, as published and with torch's fused AdamW and a foreach EMA, on latents of the same shape with the same
+loss.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
-import json
-import statistics
-import sys
-import time
-import types
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import attrs
+import lightningdit_peer
 import torch
 import torch.nn.functional as F
 import yaml
-from throughput import commit, machine
-from torch import Tensor, nn
+from record import Record, fast_matrices, timed
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 
-import underpaint
-from underpaint.training.flops import count_flops, peak_flops
+from underpaint.config.component import ComponentConfig
+from underpaint.config.diffusion import DiffusionConfig
+from underpaint.config.engine import EngineConfig, OptimizerConfig
+from underpaint.config.tokenizer import TokenizerConfig
+from underpaint.interfaces.loss import StepSizes
+from underpaint.models.build import build_generator_parts, build_tokenizer
+from underpaint.training.compilation import compile_modules
+from underpaint.training.diffusion_stage import DiffusionModule, StepNoise, diffusion_losses
+from underpaint.training.engine import Engine
+from underpaint.training.flops import count_flops
+from underpaint.training.ranks import Ranks
 
-CLASSES = 1000
-RATE, BETAS, EPSILON, DECAY = 2e-4, (0.9, 0.95), 1e-8, 0.9999
+CLASSES, DECAY = 1000, 0.9999
+OPTIMIZER = OptimizerConfig(lr=2e-4, betas=(0.9, 0.95), clip=None)
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
+KERNELS = {
+    "attention": ("attention", "flash", "fmha", "sdpa"),
+    "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "_mm", "s16816", "cublas"),
+    "AdamW, EMA, clipping, copies of weights": ("multi_tensor", "lerp", "adam", "norm_kernel", "memcpy", "memset"),
+    "fused elementwise": ("triton",),
+}
 
 
 @attrs.frozen(kw_only=True)
 class Shape:
-    batch: int
+    backbone: str
+    options: dict[str, Any]
     channels: int
     grid: tuple[int, int]
-    device: torch.device
 
 
-# ------------------------------------------------------------------------------------------------------- our step
+def build(shape: Shape, batch: int, device: torch.device) -> tuple[DiffusionModule, Callable[[Any, int], Tensor]]:
+    """Make the module of a diffusion stage, and its loss on random latents by step."""
+    config = DiffusionConfig(
+        backbone=ComponentConfig(name=shape.backbone, options=shape.options),
+        conditioner=ComponentConfig(name="labels"),
+        steps=1000,
+        batch=batch,
+        optimizer=OPTIMIZER,
+    )
+    tokenizer = build_tokenizer(
+        TokenizerConfig(
+            encoder=ComponentConfig(name="timm/test_vit@random"),
+            adapter=ComponentConfig(name="aligntok/mlp"),
+            decoder=ComponentConfig(name="ldm/decoder", options={"base": 32}),
+            latent_channels=shape.channels,
+        ),
+        0,
+    )
+    # Weights are made where they are used: on the host they take longer than what is measured.
+    with device:
+        net, conditioner = build_generator_parts(
+            config, tokenizer, grid=shape.grid, classes=CLASSES, has_text=False, seed=0
+        )
+    sizes = StepSizes(image=(16, 16), latent_channels=shape.channels, grid=shape.grid, hidden_width=net.width)
+    module = DiffusionModule(net, conditioner, diffusion_losses(config, device, sizes)).to(device)
+    latents = torch.randn(batch, shape.channels, *shape.grid, device=device)
+    labels = torch.randint(0, CLASSES, (batch,), device=device)
+    noise = StepNoise(config, (shape.channels, *shape.grid), 0, device)
+
+    def loss(call: Any, index: int) -> Tensor:
+        epsilon, t, drop = noise.rows(index, slice(0, batch))
+        value: Tensor = call(latents, labels, epsilon, t, drop, index)[0]
+        return value
+
+    return module, loss
 
 
-class OnePass:
-    """AdamW without decay, EMA and rounding to bf16, in one pass over flat buffers with fp32 masters."""
+def engine_step(
+    module: DiffusionModule, loss: Callable[[Any, int], Tensor], batch: int, ranks: Ranks
+) -> Callable[[int], None]:
+    engine = Engine(
+        module,
+        parts={},
+        optimizer=OPTIMIZER,
+        config=EngineConfig(precision="bf16"),
+        steps=1000,
+        micro_batch=batch,
+        ema=DECAY,
+        ranks=ranks,
+    )
 
-    def __init__(self, params: list[nn.Parameter], compiled: bool) -> None:
-        # Weights start at multiples of 128 bytes, as matrix kernels want them.
-        starts = [0]
-        for p in params:
-            starts.append(starts[-1] + -(-p.numel() // 64) * 64)
-        device = params[0].device
-        self.masters = torch.zeros(starts[-1], device=device)
-        self.weights, self.grads = (torch.zeros_like(self.masters, dtype=torch.bfloat16) for _ in range(2))
-        for p, start in zip(params, starts, strict=False):
-            part = slice(start, start + p.numel())
-            self.masters[part].copy_(p.detach().flatten())
-            p.data = self.weights[part].view(p.shape)
-            p.grad = self.grads[part].view(p.shape)
-        self.weights.copy_(self.masters)
-        self.first, self.second = torch.zeros_like(self.masters), torch.zeros_like(self.masters)
-        self.average = self.masters.clone()
-        self.powers = torch.ones(2, device=device)
-        self.betas = torch.tensor(BETAS, device=device)
-        self._update = torch.compile(one_pass) if compiled else one_pass
-
-    def step(self) -> None:
-        self.powers.mul_(self.betas)
-        self._update(self.masters, self.weights, self.grads, self.first, self.second, self.average, 1.0 - self.powers)
-
-
-@torch.no_grad()
-def one_pass(
-    masters: Tensor, weights: Tensor, grads: Tensor, first: Tensor, second: Tensor, average: Tensor, corrections: Tensor
-) -> None:
-    gradient = grads.float()
-    first.lerp_(gradient, 1.0 - BETAS[0])
-    second.lerp_(gradient.square(), 1.0 - BETAS[1])
-    masters.sub_(RATE * (first / corrections[0]) / ((second / corrections[1]).sqrt() + EPSILON))
-    average.lerp_(masters, 1.0 - DECAY)
-    weights.copy_(masters)
-    grads.zero_()
-
-
-def noisy(latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return x_t, t and noise in our direction of time."""
-    t = torch.sigmoid(torch.randn(len(latents), device=latents.device))
-    noise = torch.randn_like(latents)
-    return torch.lerp(latents, noise, t.view(-1, 1, 1, 1)), t, noise
-
-
-def build(name: str, options: dict[str, Any], shape: Shape) -> tuple[Any, Any]:
-    width = underpaint.registry().config("backbone", name, options).width
-    conditioner = underpaint.create("conditioner", "labels", width=width, classes=CLASSES)
-    context = {"latent_channels": shape.channels, "grid": shape.grid, "pooled_dim": width, "token_dim": 0}
-    return underpaint.create("backbone", name, **context, **options), conditioner
-
-
-def our_step(name: str, options: dict[str, Any], shape: Shape, arguments: argparse.Namespace) -> Callable[[], None]:
-    model = nn.ModuleList(build(name, options, shape)).to(shape.device).train()
-    backbone, conditioner = model
-    if arguments.compile:
-        for block in backbone.blocks():
-            block.compile(mode=arguments.mode)
-    optimizer = OnePass([p for p in model.parameters() if p.requires_grad], arguments.compile)
-    latents = torch.randn(shape.batch, shape.channels, *shape.grid, device=shape.device)
-    labels = torch.randint(0, CLASSES, (shape.batch,), device=shape.device)
-
-    def step() -> None:
-        x_t, t, noise = noisy(latents)
-        drop = torch.rand(shape.batch, device=shape.device) < 0.1
-        with torch.autocast(shape.device.type, torch.bfloat16):
-            velocity = backbone(x_t, t, conditioner(labels, drop)).velocity
-        F.mse_loss(velocity.float(), noise - latents).backward()
-        optimizer.step()
+    def step(index: int) -> None:
+        engine.backward(loss(engine, index))
+        engine.step()
 
     return step
 
 
-def forward_backward_flops(name: str, options: dict[str, Any], shape: Shape) -> float:
-    one = attrs.evolve(shape, batch=1, device=torch.device("meta"))
-    with one.device, sdpa_kernel(SDPBackend.MATH):
-        backbone, conditioner = build(name, options, one)
-        x, t = torch.empty(1, one.channels, *one.grid), torch.empty(1)
-        labels = torch.zeros(1, dtype=torch.long)
-        return count_flops(backbone, lambda: backbone(x, t, conditioner(labels)).velocity.sum())
-
-
-# ----------------------------------------------------------------------------------------------------- their step
-
-
-def peer_model(folder: Path, name: str, options: dict[str, Any], shape: Shape) -> nn.Module:
-    """Make LightningDiT's own model of the size of one of our names."""
-    # Their file of norms imports parts of fairscale that it does not use.
-    for module in ("", ".nn", ".nn.model_parallel", ".nn.model_parallel.initialize", ".nn.model_parallel.layers"):
-        sys.modules.setdefault(f"fairscale{module}", types.ModuleType(f"fairscale{module}"))
-    layers: Any = sys.modules["fairscale.nn.model_parallel.layers"]
-    layers.ColumnParallelLinear = layers.ParallelEmbedding = layers.RowParallelLinear = None
-    sys.path.insert(0, str(folder))
-    from models.lightningdit import LightningDiT
-
-    config = underpaint.registry().config("backbone", name, options)
-    return LightningDiT(
-        input_size=shape.grid[0],
-        patch_size=config.patch,
-        in_channels=shape.channels,
-        hidden_size=config.width,
-        depth=config.depth,
-        num_heads=config.heads,
-        num_classes=CLASSES,
-        use_qknorm=config.qk_norm,
-        use_swiglu=True,
-        use_rope=True,
-        use_rmsnorm=True,
-        wo_shift=not config.shift,
+def plain_step(
+    module: DiffusionModule, loss: Callable[[Any, int], Tensor], device: torch.device
+) -> Callable[[int], None]:
+    params = [p for p in module.parameters() if p.requires_grad]
+    average = [p.detach().clone() for p in params]
+    adam = torch.optim.AdamW(
+        params, lr=OPTIMIZER.lr, betas=OPTIMIZER.betas, weight_decay=0.0, fused=device.type == "cuda"
     )
 
-
-def peer_step(folder: Path, name: str, options: dict[str, Any], shape: Shape, *, tuned: bool) -> Callable[[], None]:
-    model = peer_model(folder, name, options, shape).to(shape.device).train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    average = [p.detach().clone() for p in model.parameters()]
-    fused = tuned and shape.device.type == "cuda"
-    adam = torch.optim.AdamW(trained, lr=RATE, betas=BETAS, weight_decay=0.0, fused=fused or None)
-    latents = torch.randn(shape.batch, shape.channels, *shape.grid, device=shape.device)
-    labels = torch.randint(0, CLASSES, (shape.batch,), device=shape.device)
-
-    def step() -> None:
-        x_t, t, noise = noisy(latents)
-        with torch.autocast(shape.device.type, torch.bfloat16):
-            # Their time and their velocity run the other way.
-            velocity = model(x_t, 1.0 - t, labels)
-        F.mse_loss(velocity.float(), latents - noise).backward()
+    def step(index: int) -> None:
+        with torch.autocast(device.type, torch.bfloat16):
+            value = loss(module, index)
+        torch.autograd.backward(value)
         adam.step()
         adam.zero_grad(set_to_none=True)
         with torch.no_grad():
-            if tuned:
-                torch._foreach_lerp_(average, list(model.parameters()), 1.0 - DECAY)
-            else:
-                for mean, p in zip(average, model.parameters(), strict=True):
-                    mean.mul_(DECAY).add_(p, alpha=1.0 - DECAY)
+            torch._foreach_lerp_(average, params, 1.0 - DECAY)
 
     return step
 
 
-# ------------------------------------------------------------------------------------------------------ attention
+def forward_pass(module: DiffusionModule, shape: Shape, batch: int, device: torch.device) -> Callable[[int], None]:
+    """Return the pass that a step of sampling with guidance takes, of `batch` latents in all."""
+    backbone = module.backbone.eval().to(torch.bfloat16)
+    x = torch.randn(batch, shape.channels, *shape.grid, device=device, dtype=torch.bfloat16)
+    t = torch.rand(1, device=device).expand(batch)
+    drop = torch.arange(batch, device=device) >= batch // 2
+    with torch.no_grad():
+        condition = module.conditioner(torch.randint(0, CLASSES, (batch,), device=device), drop)
+
+    def run(index: int) -> None:
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+            backbone(x, t, condition)
+
+    return run
 
 
 def padded_attention(channels: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -234,93 +192,39 @@ def attention(choice: str | None) -> Iterator[None]:
         block.attend = own
 
 
-def attention_step(choice: str, heads: int, channels: int, tokens: int, shape: Shape) -> Callable[[], None]:
-    def fresh() -> Tensor:
-        shapes = (shape.batch, tokens, 3, heads, channels)
-        return torch.randn(shapes, device=shape.device, dtype=torch.bfloat16, requires_grad=True)
-
-    qkv, given = fresh(), torch.randn(shape.batch, tokens, heads * channels, device=shape.device, dtype=torch.bfloat16)
+def attention_alone(choice: str, shape: Shape, config: Any, batch: int, device: torch.device) -> Callable[[int], None]:
+    """Return forward and backward of one layer's attention."""
+    tokens = shape.grid[0] * shape.grid[1] // getattr(config, "patch", 1) ** 2
+    heads, channels = config.heads, config.width // config.heads
+    qkv = torch.randn(batch, tokens, 3, heads, channels, device=device, dtype=torch.bfloat16, requires_grad=True)
+    given = torch.randn(batch, tokens, heads * channels, device=device, dtype=torch.bfloat16)
     _, _, wide = choice.partition(":")
     attend = padded_attention(int(wide) if wide else channels)
-    if shape.device.type == "cuda":
+    if device.type == "cuda":
         attend = torch.compile(attend)
 
-    def step() -> None:
+    def step(index: int) -> None:
         attend(*qkv.unbind(2)).backward(given)
         qkv.grad = None
 
     return step
 
 
-# --------------------------------------------------------------------------------------------------------- timing
-
-
-def timed(step: Callable[[], None], shape: Shape, steps: int, warm: int) -> dict[str, float]:
-    cuda = shape.device.type == "cuda"
-    for _ in range(warm):
-        step()
-    seconds = []
-    for _ in range(3):
+def kinds_of_kernels(step: Callable[[int], None], device: torch.device) -> dict[str, float]:
+    """Return the milliseconds that a step's kernels take, by kind."""
+    cuda = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as recorded:
+        for index in range(3):
+            step(index)
         if cuda:
             torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(steps):
-            step()
-        if cuda:
-            torch.cuda.synchronize()
-        seconds.append((time.perf_counter() - start) / steps)
-    result = {"median_s": statistics.median(seconds), "min_s": min(seconds), "max_s": max(seconds)}
-    if cuda:
-        result["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    return result
-
-
-def clear(device: torch.device) -> None:
-    gc.collect()
-    torch._dynamo.reset()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-
-
-class Record:
-    """Rows of a run. Written after every one, so that a run cut short keeps what it measured."""
-
-    def __init__(self, head: dict[str, Any], out: Path | None) -> None:
-        self.content = {**head, "rows": []}
-        self._out = out
-        self._peer = 0.0
-
-    def measure(
-        self,
-        variant: str,
-        make: Callable[[], Callable[[], None]],
-        shape: Shape,
-        arguments: argparse.Namespace,
-        flops: float = 0.0,
-    ) -> None:
-        clear(shape.device)
-        row: dict[str, Any] = {"variant": variant, "batch": shape.batch}
-        try:
-            result = timed(make(), shape, arguments.steps, arguments.warm)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            # A backend that cannot run a shape says so with a RuntimeError; the other rows are still wanted.
-            row["failed"] = "out of memory" if isinstance(error, torch.OutOfMemoryError) else str(error)[:200]
-        else:
-            rate = shape.batch / result["median_s"]
-            row |= {"images_per_second": round(rate, 1), **{key: round(x, 5) for key, x in result.items()}}
-            if flops:
-                row["mfu"] = round(rate * flops / self.content["peak"]["flops"], 4)
-            if variant.startswith("peer, as published"):
-                self._peer = max(self._peer, rate)
-            if self._peer:
-                row["ratio_to_peer"] = round(rate / self._peer, 3)
-        self.content["rows"].append(row)
-        if self._out is not None:
-            self._out.write_text(json.dumps(self.content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        said = row.get("failed") or f"{row['images_per_second']:10.1f} img/s  {1e3 * row['median_s']:9.2f} ms"
-        said += "".join(f"  {key} {row[key]:.3f}" for key in ("mfu", "ratio_to_peer", "memory_gib") if key in row)
-        print(f"{variant:64s} batch {shape.batch:5d}  {said}", flush=True)
+    found: dict[str, float] = {}
+    for event in recorded.key_averages():
+        name = event.key.lower()
+        kind = next((kind for kind, parts in KERNELS.items() if any(part in name for part in parts)), "other")
+        spent = event.self_device_time_total if cuda else event.self_cpu_time_total
+        found[kind] = found.get(kind, 0.0) + spent / 3e3
+    return {kind: round(spent, 2) for kind, spent in sorted(found.items(), key=lambda pair: -pair[1])}
 
 
 def parse() -> argparse.Namespace:
@@ -330,16 +234,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--channels", type=int, default=32, help="of the latent")
     parser.add_argument("--grid", type=int, nargs=2, default=(16, 16), help="of the latent")
     parser.add_argument("--batch", type=int, nargs="+", default=[128])
+    parser.add_argument("--forward", type=int, nargs="*", default=[], metavar="BATCH", help="also time forward passes")
     parser.add_argument("--steps", type=int, default=20, help="in each of three groups")
     parser.add_argument("--warm", type=int, default=8)
     parser.add_argument("--attention", nargs="+", default=[None], metavar="BACKEND[:CHANNELS]")
     parser.add_argument("--attention-only", action="store_true", help="time attention alone, of the backbone's shape")
+    parser.add_argument("--plain", action="store_true", help="also time our module without the engine")
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--memory-budget", type=float, help="share of activations that compiled blocks may keep")
-    parser.add_argument("--mode", help="torch.compile's, such as max-autotune-no-cudagraphs")
     parser.add_argument("--tune", action="store_true", help="coordinate descent over the compiled kernels' tiles")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--peers", type=Path, default=Path(".peers"))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     for choice in arguments.attention:
@@ -348,74 +253,119 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
+class Bench:
+    """The rows of one run."""
+
+    def __init__(self, arguments: argparse.Namespace, ranks: Ranks) -> None:
+        options = {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in arguments.option)}
+        self.shape = Shape(
+            backbone=arguments.backbone, options=options, channels=arguments.channels, grid=tuple(arguments.grid)
+        )
+        self.arguments, self.ranks, self.device = arguments, ranks, ranks.device
+        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
+        self.record = Record(ranks.device, arguments.out, settings=settings)
+        self.flops = 0.0
+        self.peer: dict[str, float] = {}
+
+    def row(self, what: str, variant: str, batch: int, make: Callable[[], Callable[[int], Any]]) -> None:
+        """Time `what`, a step or a forward pass, as `make` gives it."""
+        flops = {"step": self.flops, "forward": self.flops / 3}.get(what, 0.0)
+
+        def measured() -> tuple[dict[str, float], float]:
+            run = make()
+            result = timed(run, self.device, self.arguments.steps, self.arguments.warm)
+            if self.arguments.profile:
+                kinds.update(kinds_of_kernels(run, self.device))
+            return result, flops
+
+        kinds: dict[str, float] = {}
+        row = self.record.measure(measured, variant=variant, what=what, batch=batch)
+        if row is not None:
+            rate = row["images_per_second"]
+            if variant == "peer, as published":
+                self.peer[what] = max(self.peer.get(what, 0.0), rate)
+            if what in self.peer:
+                row["ratio_to_peer"] = round(rate / self.peer[what], 3)
+            if kinds:
+                row["kernel_ms"] = kinds
+        self.record.write()
+
+    def count(self) -> None:
+        """Count the arithmetic of an image, with attention as matrix products."""
+        with sdpa_kernel(SDPBackend.MATH):
+            module, loss = build(self.shape, 1, self.device)
+            self.flops = count_flops(module, lambda: loss(module, 0))
+
+    def ours(self, batch: int) -> tuple[DiffusionModule, Callable[[Any, int], Tensor]]:
+        module, loss = build(self.shape, batch, self.device)
+        if self.arguments.compile:
+            compile_modules(module.backbone.blocks(), differentiated_again=False)
+        return module, loss
+
+    def alone(self) -> None:
+        """Time attention alone."""
+        import underpaint
+
+        config = underpaint.registry().config("backbone", self.shape.backbone, self.shape.options)
+        for batch in self.arguments.batch:
+            for choice in self.arguments.attention:
+                chosen = choice or "flash"
+                with sdpa_kernel(BACKENDS[chosen.partition(":")[0]]):
+                    self.row(
+                        "attention",
+                        chosen,
+                        batch,
+                        lambda c=chosen, b=batch: attention_alone(c, self.shape, config, b, self.device),
+                    )
+
+    def peers(self) -> None:
+        """Time LightningDiT's own code."""
+        folder = self.arguments.peers / "lightningdit"
+        if not folder.is_dir() or not self.shape.backbone.startswith("lightningdit/"):
+            print("No peer is timed: there is no folder", folder, "or the backbone is none of its.", flush=True)
+            return
+        make = lightningdit_peer.maker(folder, self.shape, CLASSES, self.device)
+        for batch in self.arguments.batch:
+            for tuned in (False, True):
+                name = "peer, fused AdamW and foreach EMA" if tuned else "peer, as published"
+                self.row("step", name, batch, lambda b=batch, u=tuned: make.step(b, OPTIMIZER, DECAY, tuned=u))
+        for batch in self.arguments.forward:
+            self.row("forward", "peer, as published", batch, lambda b=batch: make.forward(b))
+
+    def run(self) -> None:
+        """Time everything that was asked for."""
+        if self.arguments.attention_only:
+            self.alone()
+            return
+        self.count()
+        self.peers()
+        for choice in self.arguments.attention:
+            name = "ours" if choice is None else f"ours, attention {choice}"
+            with attention(choice):
+                for batch in self.arguments.batch:
+                    self.row("step", name, batch, lambda b=batch: engine_step(*self.ours(b), b, self.ranks))
+                    if self.arguments.plain:
+                        self.row(
+                            "step", f"{name}, plain", batch, lambda b=batch: plain_step(*self.ours(b), self.device)
+                        )
+                for batch in self.arguments.forward:
+                    self.row(
+                        "forward",
+                        name,
+                        batch,
+                        lambda b=batch: forward_pass(self.ours(b)[0], self.shape, b, self.device),
+                    )
+
+
 def main() -> None:
+    """Parse and run."""
     arguments = parse()
-    device = torch.device(arguments.device)
-    options = {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in arguments.option)}
-    torch.backends.cuda.matmul.allow_tf32 = True
-    torch.backends.cudnn.allow_tf32 = True
+    fast_matrices()
     if arguments.memory_budget is not None:
         torch._functorch.config.activation_memory_budget = arguments.memory_budget
     torch._inductor.config.coordinate_descent_tuning = arguments.tune
-    peak, source = peak_flops(device, "bf16")
-    shapes = [
-        Shape(batch=batch, channels=arguments.channels, grid=tuple(arguments.grid), device=device)
-        for batch in arguments.batch
-    ]
-    flops = forward_backward_flops(arguments.backbone, options, shapes[0])
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
-    record = Record(
-        {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "commit": commit(),
-            "machine": machine(device),
-            "peak": {"flops": peak, "source": source},
-            "convention": "FLOP = 2 multiply-adds, forward and backward counted; recomputation not counted",
-            "gflop_per_image": round(flops / 1e9, 2),
-            "settings": settings,
-        },
-        arguments.out,
-    )
-    config = underpaint.registry().config("backbone", arguments.backbone, options)
-    label = f"{arguments.backbone} {' '.join(arguments.option)}".strip()
-    if arguments.attention_only:
-        tokens = arguments.grid[0] * arguments.grid[1] // getattr(config, "patch", 1) ** 2
-        for shape in shapes:
-            for choice in arguments.attention:
-                chosen = choice or "flash"
-                with sdpa_kernel(BACKENDS[chosen.partition(":")[0]]):
-                    record.measure(
-                        f"attention {chosen}, {config.heads} heads of {config.width // config.heads}, {tokens} tokens",
-                        lambda c=chosen, s=shape: attention_step(
-                            c, config.heads, config.width // config.heads, tokens, s
-                        ),
-                        shape,
-                        arguments,
-                    )
-        return
-    folder = arguments.peers / "lightningdit"
-    has_peer = folder.is_dir() and arguments.backbone.startswith("lightningdit/")
-    if not has_peer:
-        print("No peer is timed: there is no folder", folder, "or the backbone is none of its.", flush=True)
-    for shape in shapes:
-        for tuned in (False, True) if has_peer else ():
-            record.measure(
-                f"peer, {'fused AdamW, foreach EMA' if tuned else 'as published'}, {label}",
-                lambda s=shape, u=tuned: peer_step(folder, arguments.backbone, options, s, tuned=u),
-                shape,
-                arguments,
-                flops,
-            )
-    for shape in shapes:
-        for choice in arguments.attention:
-            with attention(choice):
-                record.measure(
-                    f"ours, {label}" + (f", attention {choice}" if choice else ""),
-                    lambda s=shape: our_step(arguments.backbone, options, s, arguments),
-                    shape,
-                    arguments,
-                    flops,
-                )
+    with Ranks("auto") as ranks:
+        Bench(arguments, ranks).run()
 
 
 if __name__ == "__main__":

@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import attrs
 import torch
-from throughput import commit, machine, timed
+from record import Record, fast_matrices, timed
 
 from underpaint.config.engine import EngineConfig
 from underpaint.config.recipe import plain_recipe, recipe_from_plain
@@ -32,11 +30,11 @@ from underpaint.run.recipes import load_recipe
 from underpaint.training.compilation import compile_modules, units_around
 from underpaint.training.critics import CriticTrainer
 from underpaint.training.engine import Engine
-from underpaint.training.flops import count_flops, peak_flops
+from underpaint.training.flops import count_flops
 from underpaint.training.ranks import Ranks
 from underpaint.training.tokenizer_stage import TokenizerModule, tokenizer_losses, tokenizer_sizes
 
-PUBLISHED = {"VA-VAE's own code, one H100": 5.6}
+PUBLISHED = {"VA-VAE, its own code, images per second on one H100": 5.6}
 
 
 def with_random_encoder(name: str) -> str:
@@ -166,70 +164,60 @@ def main() -> None:
     parser.add_argument("stages", nargs="+", metavar="RECIPE:STAGE")
     parser.add_argument("-o", "--override", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--batch", type=int, nargs="+", default=[32])
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=8, help="in each of three groups")
     parser.add_argument("--warm", type=int, default=4)
     parser.add_argument("--whole-only", action="store_true", help="leave out what the parts cost")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    torch.backends.cuda.matmul.allow_tf32 = True
-    torch.backends.cudnn.allow_tf32 = True
-    torch.backends.cudnn.benchmark = True
+    fast_matrices()
     with Ranks("auto") as ranks:
-        peak, source = peak_flops(ranks.device, "bf16")
-        record: dict[str, Any] = {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "commit": commit(),
-            "machine": machine(ranks.device),
-            "peak": {"flops": peak, "source": source},
-            "precision": "bf16 autocast; fp32 master weights, AdamW and EMA in the step; critics trained in it",
-            "flops": "of the model and the losses it goes through, forward and backward; critics' own steps left out",
-            "weights": "random",
-            "compiled": arguments.compile,
-            "published images per second": PUBLISHED,
-            "rows": [],
-        }
+        record = Record(
+            ranks.device,
+            arguments.out,
+            precision="bf16 autocast; fp32 master weights, AdamW and EMA in the step; critics trained in it",
+            flops="of the model and the losses it goes through, forward and backward; critics' own steps left out",
+            weights="random",
+            compiled=arguments.compile,
+            published=PUBLISHED,
+        )
         for name in arguments.stages:
-            source_name, _, wanted = name.rpartition(":")
-            recipe = offline(load_recipe(source_name, arguments.override))
+            source, _, wanted = name.rpartition(":")
+            recipe = offline(load_recipe(source, arguments.override))
             (stage,) = [item for item in recipe.stages if item.name == wanted]
             for batch in arguments.batch:
-                whole = None
-                for label, variant in variants(stage).items():
-                    if arguments.whole_only and label != "whole":
-                        continue
-                    row: dict[str, Any] = {"stage": name, "variant": label, "batch": batch}
-                    try:
-                        step, close, flops = make(recipe, variant, batch, ranks, arguments.compile)
-                        result = timed(step, ranks.device, arguments.steps, arguments.warm)
-                        close()
-                    except torch.OutOfMemoryError:
-                        row["failed"] = "out of memory"
-                    else:
-                        rate = batch / result["median_s"]
-                        whole = whole or result["median_s"]
-                        row |= {
-                            "images_per_second": round(rate, 1),
-                            "mfu": round(rate * flops / peak, 4),
-                            "gflop_per_image": round(flops / 1e9, 1),
-                            **{key: round(value, 5) for key, value in result.items()},
-                        }
-                        if label == "whole":
-                            seconds = encoder_seconds(recipe, batch, ranks.device, arguments.steps)
-                            row["share_of_an_encoder_forward"] = round(seconds / whole, 3)
-                        else:
-                            row["share_of_what_is_left_out"] = round(1.0 - result["median_s"] / whole, 3)
-                    torch._dynamo.reset()
-                    if ranks.device.type == "cuda":
-                        torch.cuda.empty_cache()
-                    record["rows"].append(row)
-                    # Rewritten after every row, so that a run cut short keeps what it measured.
-                    arguments.out.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-                    print(
-                        f"{name:34s} {label:18s} b{batch:<4d} {row.get('images_per_second', row.get('failed'))!s:>14} "
-                        f"img/s {row.get('memory_gib', float('nan')):6.1f} GiB",
-                        flush=True,
-                    )
+                measure(record, name, recipe, stage, batch, ranks, arguments)
+
+
+def measure(
+    record: Record,
+    name: str,
+    recipe: Recipe,
+    stage: StageConfig,
+    batch: int,
+    ranks: Ranks,
+    arguments: argparse.Namespace,
+) -> None:
+    """Time a stage at one batch: whole, and without each of its parts."""
+    whole = None
+    for label, variant in variants(stage).items():
+        if arguments.whole_only and label != "whole":
+            continue
+
+        def run(variant: StageConfig = variant) -> tuple[dict[str, float], float]:
+            step, close, flops = make(recipe, variant, batch, ranks, arguments.compile)
+            result = timed(step, ranks.device, arguments.steps, arguments.warm)
+            close()
+            return result, flops
+
+        row = record.measure(run, stage=name, variant=label, batch=batch)
+        if row is not None and label == "whole":
+            whole = row["median_s"]
+            seconds = encoder_seconds(recipe, batch, ranks.device, arguments.steps)
+            row["share_of_an_encoder_forward"] = round(seconds / whole, 3)
+        elif row is not None and whole is not None:
+            row["share_of_what_is_left_out"] = round(1.0 - row["median_s"] / whole, 3)
+        record.write()
 
 
 if __name__ == "__main__":

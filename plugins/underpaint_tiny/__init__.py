@@ -29,7 +29,7 @@ def register_losses(register: Any) -> None:
         "tiny/contrast",
         "underpaint_tiny.contrast:Contrast",
         config="underpaint_tiny.config:ContrastConfig",
-        tiny={"hidden": 32, "channels": 8, "dense": 1.0, "pixels": 1.0},
+        tiny={"hidden": 32, "channels": 8, "pixels": 1.0},
         summary="Self-supervision of an encoder: a view finds its image among the batch (InfoNCE)",
         source="van den Oord et al. 2018, arXiv 1807.03748",
     )

@@ -16,8 +16,8 @@ _LUMA = _TO_YIQ[:1].expand(3, 3)
 
 
 @torch.no_grad()
-def views(images: Tensor, size: tuple[int, int], area: tuple[float, float]) -> tuple[Tensor, Tensor]:
-    """Return one random view of each image (crop, flip, colours), and the boxes of `crops`.
+def views(images: Tensor, size: tuple[int, int], area: tuple[float, float]) -> Tensor:
+    """Return one random view of each image: crop, flip, colours.
 
     Args:
         images: B×3×H×W in [-1, 1].
@@ -25,17 +25,11 @@ def views(images: Tensor, size: tuple[int, int], area: tuple[float, float]) -> t
         area: Share of the image that a view shows, drawn evenly.
     """
     with torch.autocast(images.device.type, enabled=False):
-        seen, boxes = crops(images.float(), size, area)
-        return colours(seen), boxes
+        return colours(crops(images.float(), size, area))
 
 
-def crops(images: Tensor, size: tuple[int, int], area: tuple[float, float]) -> tuple[Tensor, Tensor]:
-    """Cut a random box of aspect ratio 3:4 to 4:3 out of each image, resize it bilinearly, and flip half of them.
-
-    Returns:
-        The views, and B×2×2 boxes: half the width and height, the width negative where the view is flipped, and the
-        centre, as x and y in an image that spans [-1, 1]. The point u of a view shows box[0]·u + box[1] of its image.
-    """
+def crops(images: Tensor, size: tuple[int, int], area: tuple[float, float]) -> Tensor:
+    """Cut a random box of aspect ratio 3:4 to 4:3 out of each image, resize it bilinearly, and flip half of them."""
     count, device = len(images), images.device
     shares = torch.empty(count, device=device).uniform_(*area)
     ratio = torch.empty(count, device=device).uniform_(-math.log(4 / 3), math.log(4 / 3)).exp()
@@ -46,8 +40,7 @@ def crops(images: Tensor, size: tuple[int, int], area: tuple[float, float]) -> t
     zero = torch.zeros_like(x)
     theta = torch.stack([torch.stack([width * sign, zero, x], 1), torch.stack([zero, height, y], 1)], 1)
     grid = F.affine_grid(theta.to(images.dtype), [count, 3, *size], align_corners=False)
-    seen = F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
-    return seen, torch.stack([torch.stack([width * sign, height], 1), torch.stack([x, y], 1)], 1)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
 def colours(images: Tensor) -> Tensor:

@@ -68,8 +68,6 @@ class ContrastConfig:
         hidden: Width of the projector.
         channels: Channels of the projection.
         temperature: Of the cross-entropy.
-        dense: Factor of the term ``dense``, by which patches find their place in another view; 0 leaves it out.
-        points: Patches of an image that it takes.
         pixels: Factor of the term ``pixels``, by which pixels are read from the features; 0 leaves it out.
     """
 
@@ -80,9 +78,7 @@ class ContrastConfig:
     hidden: int = attrs.field(default=1024, validator=v.gt(0))
     channels: int = attrs.field(default=128, validator=v.gt(0))
     temperature: float = attrs.field(default=0.15, validator=v.gt(0))
-    dense: float = attrs.field(default=0.0, validator=v.ge(0))
-    points: int = attrs.field(default=4, validator=v.gt(0))
-    pixels: float = attrs.field(default=0.0, validator=v.ge(0))
+    pixels: float = attrs.field(default=0.1, validator=v.ge(0))
 
 
 @attrs.frozen(kw_only=True)

@@ -96,9 +96,9 @@ class TinyViT(Encoder):
             elif name.endswith("weight"):
                 value.fill_(1.0)
             if parameter.ndim == 4:
-                # The first tap of a row and a column lies in the neighbour's cell.
-                value[:, :, 0] *= 0.3
-                value[:, :, :, 0] *= 0.3
+                # The outer taps of a row and a column lie in the neighbours' cells.
+                value[:, :, ::3] *= 0.3
+                value[:, :, :, ::3] *= 0.3
             with torch.no_grad():
                 parameter.copy_(value)
 
@@ -121,7 +121,7 @@ def _stem(config: TinyViTConfig) -> nn.Sequential:
     widths = [3, *(config.width >> (doublings - 1 - level) for level in range(doublings))]
     steps: list[nn.Module] = []
     for before, after in pairwise(widths):
-        steps += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(1, after), nn.GELU()]
+        steps += [nn.Conv2d(before, after, 4, stride=2, padding=1), nn.GroupNorm(1, after), nn.GELU()]
     return nn.Sequential(*steps[:-2])
 
 

@@ -33,7 +33,7 @@ class Supervised(Loss):
         assert step.encoder is not None
         assert step.labels is not None
         height, width = step.inputs.shape[-2:]
-        seen, _ = views(step.inputs, (height, width), self._config.area)
+        seen = views(step.inputs, (height, width), self._config.area)
         pooled = step.encoder(seen).pooled
         assert pooled is not None
         scores = self.head(pooled).float()

@@ -37,7 +37,7 @@ def smooth_pictures(count: int, seed: int) -> Tensor:
 
 def test_parameters_as_counted_by_hand() -> None:
     width = 256
-    stem = sum(9 * a * b + b for a, b in ((3, 64), (64, 128), (128, 256))) + 2 * (64 + 128)
+    stem = sum(16 * a * b + b for a, b in ((3, 64), (64, 128), (128, 256))) + 2 * (64 + 128)
     attention = 3 * (width * width + width) + width * width + width
     mlp = 2 * 4 * width * width + 4 * width + width
     norms = 2 * 2 * width

@@ -1,0 +1,141 @@
+"""What the benchmarks share: the machine, timed steps, and a record that keeps what a run cut short has measured."""
+
+from __future__ import annotations
+
+import gc
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from underpaint.training.flops import peak_flops
+
+LIBRARIES = ("torch", "deepspeed", "timm", "underpaint")
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Return what ran."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"device": name, "python": platform.python_version(), **{lib: version(lib) for lib in LIBRARIES}}
+
+
+def commit() -> str:
+    """Return the commit of the working tree, or ``unknown``."""
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def fast_matrices() -> None:
+    """Let fp32 matrix products use TF32, and cuDNN choose its kernels by trying them, as a training does."""
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+
+
+def timed(run: Callable[[int], Any], device: torch.device, steps: int, warm: int) -> dict[str, float]:
+    """Time three groups of steps; within a group nothing waits for the device but the step itself.
+
+    Args:
+        run: A step, given its index.
+        device: Where it runs.
+        steps: Steps of a group.
+        warm: Steps before the first.
+
+    Returns:
+        ``median_s``, ``min_s`` and ``max_s`` of a step over the groups, and on a GPU ``memory_gib`` at its highest.
+    """
+    cuda = device.type == "cuda"
+    for index in range(warm):
+        run(index)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    for group in range(3):
+        if cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for index in range(steps):
+            run(warm + group * steps + index)
+        if cuda:
+            torch.cuda.synchronize()
+        seconds.append((time.perf_counter() - start) / steps)
+    result = {"median_s": statistics.median(seconds), "min_s": min(seconds), "max_s": max(seconds)}
+    if cuda:
+        result["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return result
+
+
+def clear(device: torch.device) -> None:
+    """Forget compiled graphs and free the device's memory."""
+    gc.collect()
+    torch._dynamo.reset()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+class Record:
+    """Rows of a run, written after every one.
+
+    Args:
+        device: Where it runs.
+        out: JSON file, or None to print only.
+        settings: What the rows have in common.
+    """
+
+    def __init__(self, device: torch.device, out: Path | None, **settings: Any) -> None:
+        self._device = device
+        self._out = out
+        self._peak, source = peak_flops(device, "bf16")
+        self.content: dict[str, Any] = {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "commit": commit(),
+            "machine": machine(device),
+            "peak": {"flops": self._peak, "source": source},
+            "convention": "FLOP = 2 multiply-adds, forward and backward counted; recomputation not counted",
+            **settings,
+            "rows": [],
+        }
+
+    def measure(
+        self, make: Callable[[], tuple[dict[str, float], float]], *, batch: int, **label: Any
+    ) -> dict[str, Any] | None:
+        """Measure one row; `write` it when it is complete.
+
+        Args:
+            make: Returns what `timed` returned, and the FLOPs of an image or 0 where they are not counted.
+            batch: Images of a step.
+            label: What names the row.
+
+        Returns:
+            The row, to which the caller may add; None where memory or a kernel's limits did not allow it, which the row
+            then says.
+        """
+        clear(self._device)
+        row: dict[str, Any] = {**label, "batch": batch}
+        try:
+            result, flops = make()
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            # A kernel that cannot run a shape says so with a RuntimeError; the other rows are still wanted.
+            row["failed"] = "out of memory" if isinstance(error, torch.OutOfMemoryError) else str(error)[:200]
+        else:
+            rate = batch / result["median_s"]
+            row |= {"images_per_second": round(rate, 1), **{key: round(value, 5) for key, value in result.items()}}
+            if flops:
+                row |= {"gflop_per_image": round(flops / 1e9, 1), "mfu": round(rate * flops / self._peak, 4)}
+        self.content["rows"].append(row)
+        return None if "failed" in row else row
+
+    def write(self) -> None:
+        """Write the record and print its last row."""
+        if self._out is not None:
+            self._out.write_text(json.dumps(self.content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        if self.content["rows"]:
+            print(*(f"{key}={value}" for key, value in self.content["rows"][-1].items()), flush=True)
