@@ -286,7 +286,7 @@ def _sample_inputs(generator: Generator, labels: str | None, text: tuple[str, ..
         return [text[i % len(text)] for i in range(count)]
     if text:
         raise ConfigError("This generator takes class labels, not captions; use --labels.")
-    classes = max(len(generator.classes), 1)
+    classes = max(generator.labels, 1)
     if labels is None:
         return torch.arange(count) % classes
     try:

@@ -46,7 +46,7 @@ class Generator(nn.Module):
         backbone: Predicts `predicts` on `path`.
         conditioner: Makes conditions.
         grid: Height and width of the latents it was trained on.
-        classes: Name of each label, or empty.
+        classes: Name of each label, or empty where no names are known.
         settings: How to sample unless asked otherwise.
         about: Plain facts about how it was made.
         path: Path between data and noise that the backbone was trained on.
@@ -82,6 +82,11 @@ class Generator(nn.Module):
         # The weaker model last used, by location. In a dict, so that it is no submodule.
         self._weak: dict[str, Generator] = {}
         check_guidance(self.settings.guidance, tokenizer.latent_channels)
+
+    @property
+    def labels(self) -> int:
+        """How many labels its conditioner knows; 0 where it knows none. Published models have no names for theirs."""
+        return int(self.conditioner.spec.context.get("classes", len(self.classes)))
 
     @torch.no_grad()
     def latents(
@@ -187,7 +192,8 @@ class Generator(nn.Module):
                     f"guidance.weak is '{location}', whose latents are another tokenizer's or standardised by other "
                     "statistics; name a generator that was trained on the latents of this one."
                 )
-            if weak.conditioner.accepts != self.conditioner.accepts or weak.classes != self.classes:
+            made = [(g.conditioner.accepts, g.labels, g.classes) for g in (weak, self)]
+            if made[0] != made[1]:
                 raise ConfigError(
                     f"guidance.weak is '{location}', which was trained on other classes or captions; name a generator "
                     "that was trained on the data of this one."
@@ -205,12 +211,12 @@ class Generator(nn.Module):
         wants, given = self.conditioner.accepts, "label" if isinstance(inputs, Tensor) else "text"
         if wants != given:
             raise DataError(f"The conditioner '{self.conditioner.spec.name}' takes {wants}s, and was given {given}s.")
-        if isinstance(inputs, Tensor) and self.classes:
-            wrong = inputs[(inputs < 0) | (inputs >= len(self.classes))]
+        if isinstance(inputs, Tensor) and self.labels:
+            wrong = inputs[(inputs < 0) | (inputs >= self.labels)]
             if wrong.numel():
                 raise DataError(
-                    f"The label {int(wrong[0])} was given to a generator of {len(self.classes)} classes; "
-                    f"labels are 0 to {len(self.classes) - 1}."
+                    f"The label {int(wrong[0])} was given to a generator of {self.labels} classes; "
+                    f"labels are 0 to {self.labels - 1}."
                 )
 
     @torch.no_grad()
@@ -237,7 +243,7 @@ class Generator(nn.Module):
             labels: ``balanced`` gives every class equally often (to within one), ``random`` draws uniformly.
             seed: Seed of the first sample and of random labels.
         """
-        classes = max(len(self.classes), 1)
+        classes = max(self.labels, 1)
         if labels == "balanced":
             every = torch.arange(count) % classes
         else:
