@@ -48,6 +48,9 @@ def train(folder: Path, **changes: Any) -> str:
 SIT = TINY["diffusion"]["backbone"]
 MMDIT = {"name": "mmdit/d6-1", "width": 32, "depth": 1, "heads": 2}
 TEXT = {"name": "text/hf", "folder": "random", "length": 8}
+VIT = {"name": "tiny/vit@random", "width": 32, "depth": 2, "heads": 2}
+REG = {"name": "reg/S-1", "width": 32, "depth": 2, "heads": 2, "companion": 32}
+LEARNT = ["velocity", {"name": "companion", "weight": 0.03}]
 
 CASES: list[tuple[dict[str, Any], str]] = [
     (
@@ -75,6 +78,21 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"evaluation.guidance.scale": 2.0, "diffusion.dropout": 0.0}, "diffusion.dropout is 0, so the null condition"),
     ({"evaluation.guidance": {"scale": 2.0, "channels": 9}}, "guidance.channels is 9, and the latent has 4 channels"),
     ({"data.size": 36}, "36"),
+    (
+        {"diffusion.backbone": REG, "diffusion.companion": {**VIT, "width": 16}, "diffusion.losses": LEARNT},
+        "has pooled features of 16 channels, and the backbone 'reg/S-1' denoises a companion of 32",
+    ),
+    ({"diffusion.backbone": REG, "diffusion.losses": LEARNT}, "set diffusion.companion to the encoder whose pooled"),
+    ({"diffusion.backbone": REG, "diffusion.companion": VIT}, "none of diffusion.losses trains the companion"),
+    ({"diffusion.companion": VIT, "diffusion.losses": LEARNT}, "the backbone 'sit/S-1' has no companion vector"),
+    (
+        {"diffusion.losses": ["velocity", {"name": "repa", "encoder": VIT["name"], "layer": 2}]},
+        "reads the hidden states after block 2, and the backbone 'sit/S-1' has blocks 0 to 1",
+    ),
+    ({"diffusion.losses": ["l1"]}, "reconstruction"),
+    ({"evaluation.sampler": {"name": "euler", "steps": 0}}, "steps"),
+    ({"evaluation.generation": ["psnr"]}, "'psnr' compares image by image and cannot measure samples"),
+    ({"evaluation.guidance": {"scale": 2.0, "weak": "no/such/folder"}}, "'no/such/folder' does not exist"),
 ]
 
 

@@ -22,7 +22,7 @@ from underpaint.models.tokenizer import Tokenizer
 from underpaint.registration.manager import manager
 from underpaint.weights import tensor_hash
 
-__all__ = ["Generator", "SamplingSettings"]
+__all__ = ["Generator", "SamplingSettings", "load_weaker"]
 
 
 @attrs.frozen(kw_only=True)
@@ -182,11 +182,7 @@ class Generator(nn.Module):
             ConfigError: The folder holds no generator, or one for other latents or inputs.
         """
         if location not in self._weak:
-            from underpaint.models.folders import load_folder
-
-            weak = load_folder(location)
-            if not isinstance(weak, Generator):
-                raise ConfigError(f"guidance.weak is '{location}', which holds a tokenizer; name a generator's folder.")
+            weak = load_weaker(location)
             if not _same_latents(weak.tokenizer, self.tokenizer):
                 raise ConfigError(
                     f"guidance.weak is '{location}', whose latents are another tokenizer's or standardised by other "
@@ -251,6 +247,22 @@ class Generator(nn.Module):
         for start in range(0, count, batch):
             end = min(start + batch, count)
             yield every[start:end], range(seed + start, seed + end)
+
+
+def load_weaker(location: str) -> Generator:
+    """Load the generator that `GuidanceConfig.weak` names.
+
+    Raises:
+        ConfigError: The folder holds no generator.
+        NotFoundError: There is no such folder.
+    """
+    from underpaint.models.folders import load_folder
+
+    weak = load_folder(location)
+    if not isinstance(weak, Generator):
+        what = type(weak).__name__.lower()
+        raise ConfigError(f"guidance.weak is '{location}', which holds a {what}; name a generator's folder.")
+    return weak
 
 
 def _sampler(settings: SamplingSettings) -> Sampler:
