@@ -10,7 +10,7 @@ import torch
 
 import underpaint
 from underpaint.config.recipe import apply_overrides, plain_recipe, recipe_from_plain
-from underpaint.config.schema import ComponentConfig, DiffusionConfig, Recipe
+from underpaint.config.schema import ComponentConfig, DiffusionConfig, LatentsConfig, Recipe
 from underpaint.models.build import build_tokenizer
 from underpaint.models.folders import save_tokenizer
 from underpaint.models.generator import Generator
@@ -94,7 +94,7 @@ def test_ditdh_as_published() -> None:
     assert (config.steps, config.batch, config.ema) == (80 * EPOCH, 1024, 0.9995)
     assert (config.optimizer.lr, config.optimizer.betas, config.optimizer.clip) == (2e-4, (0.9, 0.95), 1.0)
     assert (config.time.distribution, config.time.range, config.time.shift) == ("logit-normal", (0.0, 0.999), "latent")
-    assert recipe.evaluation.sampler.options == {"steps": 49, "shift": "latent"}
+    assert recipe.evaluation.sampler.options == {"steps": 49, "shift": "latent", "end": 0.001}
     assert recipe.evaluation.labels == "balanced"
     assert recipe.engine.precision == "fp32"
 
@@ -111,6 +111,11 @@ def test_reg_as_published() -> None:
     assert (config.time.distribution, config.path, config.optimizer.clip) == ("uniform", "linear", 1.0)
     guidance = recipe.evaluation.guidance
     assert (guidance.scale, guidance.channels, guidance.interval) == (4.0, None, (0.0, 0.8))
+    # §2.4: REG draws anew from the posterior in every step, LightningDiT reads one draw of the image or of its mirror.
+    for name in ("vfm-vae-reg", "vfm-vae-reg-small"):
+        assert load_recipe(f"recipe:{name}").latents == LatentsConfig(store="posterior")
+    for name in ("vfm-vae-lightningdit", "vfm-vae-lightningdit-small"):
+        assert load_recipe(f"recipe:{name}").latents == LatentsConfig(store="sample", flip=True)
 
 
 def test_repa_as_published() -> None:

@@ -127,6 +127,8 @@ def run_diffusion_stage(session: Session, tokenizer: Tokenizer, cache: LatentCac
         predicts=config.predicts,
         about=_facts(session),
     )
+    # Here, where the latents are known, it also compares the weaker model's with them.
+    generator.protocol()
     image = (session.data.config.height, session.data.config.width)
     companion = _companion(config.companion, ranks.device)
     check_companion(config.backbone.name, backbone, companion, image)
