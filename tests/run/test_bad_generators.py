@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -20,7 +21,8 @@ import underpaint
 from tests.run.conftest import TINY
 from underpaint.cli.main import main
 from underpaint.errors import UnderpaintError
-from underpaint.models.folders import load_folder, save_tokenizer
+from underpaint.models.folders import load_folder, save_generator, save_tokenizer
+from underpaint.models.generator import Generator
 from underpaint.models.tokenizer import Tokenizer
 from underpaint.report.pictures import png
 
@@ -212,4 +214,21 @@ def test_latents_that_are_not_numbers(tmp_path: Path, finished: Path) -> None:
     overrides = [f"tokenizer={json.dumps({'load': str(tmp_path / 'broken')})}", "stages=[]"]
     message = invoke("train", tmp_path / "recipe.yaml", "--out", tmp_path / "run", *overrides)
     assert "is not finite" in message
+    assert not (tmp_path / "run" / "stages").exists()
+
+
+def test_a_weaker_model_of_other_latents(tmp_path: Path, finished: Path) -> None:
+    weak = load_folder(finished / "generator")
+    assert isinstance(weak, Generator)
+    weak.tokenizer.statistics = attrs.evolve(weak.tokenizer.statistics, mean=(9.0,) * 4)
+    save_generator(weak, tmp_path / "weak")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(TINY), encoding="utf-8")
+    changes = {
+        "tokenizer": {"load": str(finished / "tokenizer")},
+        "stages": [],
+        "evaluation.guidance": {"scale": 2.0, "weak": str(tmp_path / "weak")},
+    }
+    overrides = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
+    message = invoke("train", tmp_path / "recipe.yaml", "--out", tmp_path / "run", *overrides)
+    assert "whose latents are another tokenizer's or standardised by other statistics" in message
     assert not (tmp_path / "run" / "stages").exists()
