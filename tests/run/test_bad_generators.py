@@ -153,6 +153,13 @@ def test_labels_out_of_range(tmp_path: Path, finished: Path) -> None:
     assert message.startswith("--labels has 99, and the generator's classes are 0 to ")
 
 
+@pytest.mark.parametrize("scale", ["-1", "nan", "inf"])
+def test_guidance_that_is_no_scale(tmp_path: Path, finished: Path, scale: str) -> None:
+    message = invoke("sample", finished, "--out", tmp_path / "samples", f"--guidance={scale}", "--device", "cpu")
+    assert message == f"--guidance is {scale}; give a scale of 0 or more, 1 for no guidance."
+    assert "scale" in train(tmp_path, **{"evaluation.guidance": {"scale": float(scale)}})
+
+
 NO_NULL = """
 import torch
 from underpaint import Condition, Conditioner, hookimpl

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -273,6 +274,8 @@ def _settings(generator: Generator, steps: int | None, guidance: float | None) -
         options = {**settings.sampler.options, "steps": steps}
         settings = attrs.evolve(settings, sampler=attrs.evolve(settings.sampler, options=options))
     if guidance is not None:
+        if not 0.0 <= guidance < math.inf:
+            raise ConfigError(f"--guidance is {guidance:g}; give a scale of 0 or more, 1 for no guidance.")
         settings = attrs.evolve(settings, guidance=attrs.evolve(settings.guidance, scale=guidance))
     return settings
 

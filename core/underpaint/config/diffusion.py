@@ -67,7 +67,7 @@ class GuidanceConfig:
             away from (AutoGuidance, Karras et al. 2024); None takes the model's own with the null condition.
     """
 
-    scale: float = attrs.field(default=1.0, validator=v.ge(0))
+    scale: float = attrs.field(default=1.0, validator=v.and_(v.ge(0.0), v.lt(math.inf)))
     channels: int | None = attrs.field(default=None, validator=v.optional(v.gt(0)))
     interval: tuple[float, float] = (0.0, 1.0)
     weak: str | None = None
