@@ -101,7 +101,8 @@ class Generator(nn.Module):
 
         Args:
             inputs: B labels (integer tensor) or B texts, as the conditioner accepts.
-            seeds: B seeds; each sample's noise depends on its own seed only, not on the batch.
+            seeds: B seeds; the noise that a sample starts from depends on its own seed only, not on the batch. What
+                stochastic samplers add on the way follows from the first seed and the place in the batch.
             settings: Solver and guidance, instead of the generator's own.
             grid: Height and width of the latents, instead of the trained ones.
 
