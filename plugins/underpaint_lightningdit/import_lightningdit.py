@@ -108,7 +108,7 @@ class LightningDiTImporter(Importer):
         )
         conditioner = underpaint.create("conditioner", "labels", width=width, classes=len(tensors[_TABLE]) - 1)
         file.fill(conditioner, {"table.weight": _TABLE}, {})
-        return Denoiser(backbone, conditioner).eval()
+        return Denoiser(backbone, conditioner, guided_channels=3).eval()
 
 
 def _mirror_time(weight: Tensor) -> Tensor:

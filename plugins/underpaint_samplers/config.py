@@ -8,7 +8,7 @@ from typing import Any, Literal
 import attrs
 from attrs import validators as v
 
-__all__ = ["AdaptiveConfig", "DDIMConfig", "EulerMaruyamaConfig", "ShiftRule", "StepsConfig"]
+__all__ = ["AdaptiveConfig", "DDIMConfig", "EulerMaruyamaConfig", "GridConfig", "ShiftRule", "StepsConfig"]
 
 ShiftRule = Literal["latent", "tokens", "flux"]
 
@@ -19,12 +19,11 @@ def _positive_number(_: Any, field: attrs.Attribute[Any], value: float | str) ->
 
 
 @attrs.frozen(kw_only=True)
-class StepsConfig:
-    """Options of ``euler``, ``heun`` and ``ab2``.
+class GridConfig:
+    """What solvers on a grid have in common.
 
     Attributes:
-        steps: Steps. The grid has one point more: what LightningDiT, SiT and RAE call "250 steps" is 250 grid points,
-            hence ``steps: 249`` here.
+        steps: Steps. The grid has one point more.
         shift: α of t' = αt / (1 + (α−1)t), which moves the grid points towards noise when above 1; or the rule that
             gives α for B×d×h×w latents: ``latent`` is √(d·h·w / 4096) (RAE), ``tokens`` is √(tokens / 256) (Esser et
             al. 2024, §5.3.2), ``flux`` is FLUX's exp(μ), with μ on a line from 0.5 at 256 tokens to 1.15 at 4096.
@@ -38,7 +37,23 @@ class StepsConfig:
 
 
 @attrs.frozen(kw_only=True)
-class EulerMaruyamaConfig(StepsConfig):
+class StepsConfig(GridConfig):
+    """Options of ``euler``, ``heun`` and ``ab2``.
+
+    Attributes:
+        steps: Steps. The grid has one point more: what LightningDiT, SiT and RAE call "250 steps" is 250 grid points,
+            hence ``steps: 249`` here.
+        shift: See `GridConfig`.
+        patch: See `GridConfig`.
+        end: Noise fraction before the shift at which the grid ends. What noise is left there stays in the latents. RAE
+            ends at 0.001, which its shift makes 0.0069; the others at 0.
+    """
+
+    end: float = attrs.field(default=0.0, validator=v.and_(v.ge(0.0), v.lt(1.0)))
+
+
+@attrs.frozen(kw_only=True)
+class EulerMaruyamaConfig(GridConfig):
     """Options of ``euler-maruyama``.
 
     Attributes:
@@ -57,7 +72,7 @@ class EulerMaruyamaConfig(StepsConfig):
 
 
 @attrs.frozen(kw_only=True)
-class DDIMConfig(StepsConfig):
+class DDIMConfig(GridConfig):
     """Options of ``ddim`` and ``ddpm``.
 
     Attributes:

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from underpaint_samplers.config import StepsConfig
+from underpaint_samplers.config import GridConfig, StepsConfig
 
 __all__ = ["protocol", "shift_factor", "shift_time", "times", "uniform_grid"]
 
 
-def shift_factor(config: StepsConfig, noise: Tensor) -> float:
+def shift_factor(config: GridConfig, noise: Tensor) -> float:
     """Return α of a shift for B×d×h×w latents; the rules are those of `StepsConfig.shift`."""
     _, channels, height, width = noise.shape
     tokens = height * width / config.patch**2
@@ -33,9 +33,9 @@ def shift_time(t: float, alpha: float) -> float:
 
 
 def uniform_grid(config: StepsConfig, noise: Tensor) -> list[float]:
-    """Return ``steps + 1`` noise fractions from 1 to 0, uniform before the shift."""
-    alpha = shift_factor(config, noise)
-    return [shift_time(1.0 - i / config.steps, alpha) for i in range(config.steps + 1)]
+    """Return ``steps + 1`` noise fractions from 1 to `StepsConfig.end`, uniform before the shift."""
+    alpha, length = shift_factor(config, noise), 1.0 - config.end
+    return [shift_time(1.0 - length * i / config.steps, alpha) for i in range(config.steps + 1)]
 
 
 def times(t: float, x: Tensor) -> Tensor:
@@ -43,12 +43,16 @@ def times(t: float, x: Tensor) -> Tensor:
     return torch.full((x.shape[0],), t, device=x.device)
 
 
-def protocol(solver: str, config: StepsConfig, *, evaluations: int) -> Mapping[str, Any]:
-    """Return solver, evaluations of the field, grid points, shift and, where it counts, patch."""
-    facts = {
+def protocol(solver: str, config: GridConfig, *, evaluations: int) -> Mapping[str, Any]:
+    """Return solver, evaluations of the field, grid points, shift and, where they count, patch and end."""
+    facts: dict[str, Any] = {
         "solver": solver,
         "evaluations": evaluations,
         "grid_points": config.steps + 1,
         "shift": config.shift,
     }
-    return facts | ({"patch": config.patch} if config.shift in ("tokens", "flux") else {})
+    if config.shift in ("tokens", "flux"):
+        facts["patch"] = config.patch
+    if isinstance(config, StepsConfig) and config.end > 0.0:
+        facts["end"] = config.end
+    return facts

@@ -88,6 +88,7 @@ class SiTImporter(Importer):
     once: ClassVar[Mapping[str, str]] = _ONCE
     left_out: ClassVar[tuple[str, ...]] = ()
     mirrored: ClassVar[bool] = True
+    guided_channels: ClassVar[int | None] = 3
     prefix: ClassVar[str] = ""
 
     def __init__(self, config: ImportConfig) -> None:
@@ -122,7 +123,7 @@ class SiTImporter(Importer):
         if self.mirrored:
             _mirror_time(backbone.get_parameter("time.0.weight"))
         self._fill(source, conditioner, {"table.weight": state[_TABLE]})
-        return Denoiser(backbone, conditioner).eval()
+        return Denoiser(backbone, conditioner, guided_channels=self.guided_channels).eval()
 
     # -- what the file is
 
@@ -260,6 +261,7 @@ class RepaImporter(SiTImporter):
     maps = (1,)
     left_out = ("projectors.",)
     mirrored = False
+    guided_channels = None
 
 
 class REGImporter(RepaImporter):

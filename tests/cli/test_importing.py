@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -14,6 +15,7 @@ from tests.plugins.test_sit_import import filled, layout
 import underpaint
 from underpaint import ConfigError, DataError, NotFoundError
 from underpaint.cli.importing import import_
+from underpaint.cli.models import sample
 from underpaint.models.denoiser import Denoiser
 from underpaint.models.folders import save_denoiser
 from underpaint.models.generator import Generator
@@ -45,6 +47,7 @@ def test_tokenizer_and_diffusion_model_become_a_generator(files: Path) -> None:
     alone = underpaint.load(files / "sit")
     assert isinstance(alone, Denoiser)
     assert alone.about["title"] == "Imported from sit"
+    assert alone.guided_channels == 3
 
     done = call("sit", files / "sit.pt", files / "both", "heads=4", "--tokenizer", files / "vae")
     assert done.exit_code == 0, done.output
@@ -58,6 +61,32 @@ def test_tokenizer_and_diffusion_model_become_a_generator(files: Path) -> None:
             alone.backbone(x, t, alone.conditioner(torch.tensor([2]))).velocity,
         )
     assert generator.sample(torch.tensor([1]), seeds=[0]).shape == (1, 3, 16, 16)
+
+
+def test_an_imported_generator_knows_its_labels_and_guides_as_its_authors_do(files: Path) -> None:
+    assert call("ldm", files / "vae.pt", files / "vae", "scale=0.5").exit_code == 0
+    done = call("sit", files / "sit.pt", files / "both", "heads=4", "--tokenizer", files / "vae")
+    assert done.exit_code == 0, done.output
+    generator = underpaint.load(files / "both")
+    assert isinstance(generator, Generator)
+    # The file has a table of 5 labels and the null label, and no names for them.
+    assert (generator.labels, generator.classes) == (5, ())
+    assert torch.cat([labels for labels, _ in generator.batches(10, 4, "balanced", 0)]).bincount().tolist() == [2] * 5
+    assert torch.cat([labels for labels, _ in generator.batches(100, 50, "random", 0)]).unique().tolist() == [*range(5)]
+    with pytest.raises(DataError, match="labels are 0 to 4"):
+        generator.latents(torch.tensor([5]), seeds=[0])
+    # SiT's sampler guides the first three channels (peers.md); the scale is for whoever samples.
+    assert (generator.settings.guidance.channels, generator.settings.guidance.scale) == (3, 1.0)
+
+    def drawn(*arguments: str) -> list[int]:
+        command = [files / "both", "--out", files / "out", "--steps", "1", "--device", "cpu", *arguments]
+        done = CliRunner().invoke(sample, [str(argument) for argument in command])
+        assert done.exit_code == 0, done.output
+        labels: list[int] = np.load(files / "out" / "samples.npz")["arr_1"].tolist()
+        return labels
+
+    assert drawn("--count", "7") == [0, 1, 2, 3, 4, 0, 1]
+    assert drawn("--count", "3", "--labels", "4,2", "--guidance", "2") == [4, 2, 4]
 
 
 @pytest.mark.parametrize(

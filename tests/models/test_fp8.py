@@ -48,8 +48,8 @@ def test_products_have_the_error_of_four_significant_bits() -> None:
     use_fp8([network], lambda: network(x), emulate=True)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         error = (network(x).double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
-    # Rounding to four bits: relative errors spread evenly up to 1/16 or 1/32 depending on the number, about 0.026 in the
-    # root mean square; two factors have sqrt(2) times that, and errors of the products add up like the products do.
+    # Rounding to four bits: relative errors spread evenly up to 1/16 or 1/32 depending on the number, about 0.026 in
+    # the root mean square; two factors have sqrt(2) times that, and errors of products add up like the products do.
     assert 0.026 < float(error) < 0.052
 
 

@@ -97,14 +97,28 @@ def test_parameters_in_closed_form(size: str, depth: int, n: int, hidden: int, h
     [("B", 46.02), ("XL", 237.25)],
 )
 def test_flops_of_the_published_models(size: str, gflop: float) -> None:
-    n = {"B": 768, "XL": 1152}[size]
+    assert round(flops(size, {"B": 768, "XL": 1152}[size]) / 1e9, 2) == gflop
+
+
+@pytest.mark.parametrize(
+    ("size", "depth", "n"), [("B", 12, 768), ("L", 24, 1024), ("XL", 28, 1152), ("1p0B", 24, 1536), ("1p6B", 28, 1792)]
+)
+def test_flops_in_closed_form(size: str, depth: int, n: int) -> None:
+    cells, hidden = 256, 8 * n // 3
+    # Of a block: queries, keys, values and output; scores and their use; three matrices of the SwiGLU; modulation.
+    block = cells * 4 * n * n + 2 * cells**2 * n + cells * 3 * n * hidden + 6 * n * n
+    ends = 2 * cells * 32 * n + (256 * n + n * n) + 2 * n * n
+    assert flops(size, n) == 2 * (depth * block + ends)
+
+
+def flops(size: str, n: int) -> int:
     with torch.device("meta"):
         model = make(f"lightningdit/{size}-1", d=32, grid=(16, 16), pooled=n)
         x, t, pooled = torch.empty(1, 32, 16, 16), torch.empty(1), torch.empty(1, n)
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH):
         model(x, t, Condition(pooled=pooled))
-    assert round(counter.get_total_flops() / 1e9, 2) == gflop
+    return int(counter.get_total_flops())
 
 
 # ------------------------------------------------------------------------------------------------ arithmetic

@@ -186,11 +186,13 @@ def test_what_comes_back(tmp_path: Path) -> None:
     assert model.backbone.spec.name.startswith("lightningdit/")
     assert model.backbone.spec.context["grid"] == (8, 8)
     assert model.conditioner.classes == 5
+    assert model.guided_channels == 3
     table = formula("y_embedder.embedding_table.weight", (6, 48))
     assert torch.equal(model.conditioner.table.weight, table)
     # Weights that influence no output in this configuration, such as a key's bias, are carried all the same.
     assert torch.equal(model.backbone.layers[1].qkv.bias, formula("blocks.1.attn.qkv.bias", (144,)))
     model = read("rae-dit", ditdh(64, qk_norm=False), tmp_path)
+    assert model.guided_channels is None
     assert torch.equal(model.backbone.times.frequencies, formula("t_embedder.W", (256,)))
 
 

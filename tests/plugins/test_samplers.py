@@ -18,6 +18,8 @@ from underpaint import Backbone, Condition, ConfigError, DataError, Prediction, 
 from underpaint.config.diffusion import GuidanceConfig
 from underpaint.diffusion.guidance import guided_field
 from underpaint.diffusion.paths import linear_velocity
+from underpaint_samplers.config import StepsConfig
+from underpaint_samplers.grid import uniform_grid
 
 NOISE = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 FIXED = ("euler", "heun", "ab2", "ddim")
@@ -133,7 +135,7 @@ def test_protocol_tells_evaluations_from_points(name: str, solver: str, factor: 
 
 def test_every_option_is_in_the_protocol() -> None:
     changes: dict[str, list[dict[str, Any]]] = {
-        "euler": [{"steps": 7}, {"shift": 2.0}, {"shift": "latent"}, {"shift": "tokens", "patch": 2}],
+        "euler": [{"steps": 7}, {"end": 0.1}, {"shift": 2.0}, {"shift": "latent"}, {"shift": "tokens", "patch": 2}],
         "euler-maruyama": [{"steps": 7}, {"shift": 2.0}, {"last": 0.1}, {"noise": 0.5}, {"float64": False}],
         "ddim": [{"steps": 7}, {"shift": 2.0}, {"eta": 0.5}],
         "adaptive": [{"rtol": 1e-3}, {"atol": 1e-3}],
@@ -148,6 +150,8 @@ def test_every_option_is_in_the_protocol() -> None:
     [
         ("euler", {"steps": 0}),
         ("euler", {"shift": 0.0}),
+        ("euler", {"end": 1.0}),
+        ("ddim", {"end": 0.1}),
         ("heun", {"shift": "dimension"}),
         ("ab2", {"patch": 0}),
         ("euler-maruyama", {"steps": 1}),
@@ -203,15 +207,39 @@ def test_lightningdit_settings_leave_73_of_249_steps_unguided() -> None:
     assert backbone.batches == [2] * 73 + [4] * 176
 
 
-def test_rae_settings_end_at_its_last_time() -> None:
-    # RAE: 50 grid points with the shift √48 of 768×16×16 latents; the last evaluation is at 6.93/(49 + 5.93).
+@pytest.mark.parametrize(
+    ("steps", "shift", "second", "last", "recorded"),
+    [
+        (49, math.sqrt(48), 0.997005045, 0.131505057, [-0.142324878, 0.518063160, 1.178451198]),
+        (10, 1.0, 0.900099993, 0.100899994, [-0.130803995, 0.514952003, 1.160708001]),
+    ],
+)
+def test_agrees_with_raes_sampler(steps: int, shift: float, second: float, last: float, recorded: list[float]) -> None:
+    # Recorded by running RAE's sample_ode on this velocity, with 50 and with 11 of its steps: the times of its second
+    # and last evaluation, and its latents. Its grid ends at 0.001 before the shift, which √48 makes 0.0069.
     seen: list[float] = []
 
     def field(x: Tensor, t: Tensor) -> Tensor:
         seen.append(float(t[0]))
-        return torch.zeros_like(x)
+        return gaussian(x, t)
 
-    make("euler", steps=49, shift="latent").sample(field, torch.zeros(1, 768, 16, 16))
-    alpha = math.sqrt(48)
-    assert len(seen) == 49
-    assert seen[-1] == pytest.approx(alpha / 49 / (1 + (alpha - 1) / 49), rel=1e-6)
+    noise = torch.tensor([-1.0, 0.5, 2.0], dtype=torch.float64).view(1, 3, 1, 1)
+    result = make("euler", steps=steps, shift=shift, end=0.001).sample(field, noise)
+    assert len(seen) == steps
+    assert (seen[0], seen[1], seen[-1]) == pytest.approx((1.0, second, last), abs=1e-6)
+    assert result.flatten().tolist() == pytest.approx(recorded, abs=1e-6)
+
+
+def test_the_shift_of_raes_latents() -> None:
+    # rae.md §3.1: √(768·16·16 / 4096) = 6.93, so that the grid ends at 0.0069 (§3.3).
+    config = StepsConfig(steps=49, shift="latent", end=0.001)
+    assert uniform_grid(config, torch.zeros(1, 768, 16, 16))[-1] == pytest.approx(0.0069, abs=5e-5)
+
+
+@pytest.mark.parametrize("name", ["euler", "heun", "ab2"])
+def test_an_early_end_leaves_the_noise_of_its_time(name: str) -> None:
+    # The exact flow has carried z to (1 − t)·MEAN + √variance·z by the time t.
+    t = 2.0 * 0.3 / 1.3
+    result = make(name, steps=400, shift=2.0, end=0.3).sample(gaussian, NOISE)
+    exact = (1 - t) * MEAN + math.sqrt((1 - t) ** 2 * STD**2 + t**2) * NOISE
+    torch.testing.assert_close(result, exact, rtol=0, atol=0.02 if name == "euler" else 1e-4)

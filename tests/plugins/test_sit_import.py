@@ -292,6 +292,8 @@ def test_published_sizes_are_found(format: str, family: str, tmp_path: Path, mon
     model = read(format, filled(SHAPES[format]), tmp_path, heads=None)
     assert model.backbone.spec.name == f"{family}/B-2"
     assert model.backbone.spec.options["heads"] == 4
+    # The table of conventions in peers.md.
+    assert model.guided_channels == (3 if format in ("sit", "dit") else None)
 
 
 def test_a_patch_without_a_name_keeps_its_options(tmp_path: Path) -> None:

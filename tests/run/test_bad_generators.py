@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -20,7 +21,8 @@ import underpaint
 from tests.run.conftest import TINY
 from underpaint.cli.main import main
 from underpaint.errors import UnderpaintError
-from underpaint.models.folders import load_folder, save_tokenizer
+from underpaint.models.folders import load_folder, save_generator, save_tokenizer
+from underpaint.models.generator import Generator
 from underpaint.models.tokenizer import Tokenizer
 from underpaint.report.pictures import png
 
@@ -48,6 +50,9 @@ def train(folder: Path, **changes: Any) -> str:
 SIT = TINY["diffusion"]["backbone"]
 MMDIT = {"name": "mmdit/d6-1", "width": 32, "depth": 1, "heads": 2}
 TEXT = {"name": "text/hf", "folder": "random", "length": 8}
+VIT = {"name": "tiny/vit@random", "width": 32, "depth": 2, "heads": 2}
+REG = {"name": "reg/S-1", "width": 32, "depth": 2, "heads": 2, "companion": 32}
+LEARNT = ["velocity", {"name": "companion", "weight": 0.03}]
 
 CASES: list[tuple[dict[str, Any], str]] = [
     (
@@ -75,6 +80,21 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"evaluation.guidance.scale": 2.0, "diffusion.dropout": 0.0}, "diffusion.dropout is 0, so the null condition"),
     ({"evaluation.guidance": {"scale": 2.0, "channels": 9}}, "guidance.channels is 9, and the latent has 4 channels"),
     ({"data.size": 36}, "36"),
+    (
+        {"diffusion.backbone": REG, "diffusion.companion": {**VIT, "width": 16}, "diffusion.losses": LEARNT},
+        "has pooled features of 16 channels, and the backbone 'reg/S-1' denoises a companion of 32",
+    ),
+    ({"diffusion.backbone": REG, "diffusion.losses": LEARNT}, "set diffusion.companion to the encoder whose pooled"),
+    ({"diffusion.backbone": REG, "diffusion.companion": VIT}, "none of diffusion.losses trains the companion"),
+    ({"diffusion.companion": VIT, "diffusion.losses": LEARNT}, "the backbone 'sit/S-1' has no companion vector"),
+    (
+        {"diffusion.losses": ["velocity", {"name": "repa", "encoder": VIT["name"], "layer": 2}]},
+        "reads the hidden states after block 2, and the backbone 'sit/S-1' has blocks 0 to 1",
+    ),
+    ({"diffusion.losses": ["l1"]}, "reconstruction"),
+    ({"evaluation.sampler": {"name": "euler", "steps": 0}}, "steps"),
+    ({"evaluation.generation": ["psnr"]}, "'psnr' compares image by image and cannot measure samples"),
+    ({"evaluation.guidance": {"scale": 2.0, "weak": "no/such/folder"}}, "'no/such/folder' does not exist"),
 ]
 
 
@@ -131,6 +151,13 @@ def test_labels_out_of_range(tmp_path: Path, finished: Path) -> None:
     assert "have labels up to 7, and there are names for 3 classes only" in message
     message = invoke("sample", finished, "--out", tmp_path / "samples", "--labels", "99", "--device", "cpu")
     assert message.startswith("--labels has 99, and the generator's classes are 0 to ")
+
+
+@pytest.mark.parametrize("scale", ["-1", "nan", "inf"])
+def test_guidance_that_is_no_scale(tmp_path: Path, finished: Path, scale: str) -> None:
+    message = invoke("sample", finished, "--out", tmp_path / "samples", f"--guidance={scale}", "--device", "cpu")
+    assert message == f"--guidance is {scale}; give a scale of 0 or more, 1 for no guidance."
+    assert "scale" in train(tmp_path, **{"evaluation.guidance": {"scale": float(scale)}})
 
 
 NO_NULL = """
@@ -194,4 +221,21 @@ def test_latents_that_are_not_numbers(tmp_path: Path, finished: Path) -> None:
     overrides = [f"tokenizer={json.dumps({'load': str(tmp_path / 'broken')})}", "stages=[]"]
     message = invoke("train", tmp_path / "recipe.yaml", "--out", tmp_path / "run", *overrides)
     assert "is not finite" in message
+    assert not (tmp_path / "run" / "stages").exists()
+
+
+def test_a_weaker_model_of_other_latents(tmp_path: Path, finished: Path) -> None:
+    weak = load_folder(finished / "generator")
+    assert isinstance(weak, Generator)
+    weak.tokenizer.statistics = attrs.evolve(weak.tokenizer.statistics, mean=(9.0,) * 4)
+    save_generator(weak, tmp_path / "weak")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(TINY), encoding="utf-8")
+    changes = {
+        "tokenizer": {"load": str(finished / "tokenizer")},
+        "stages": [],
+        "evaluation.guidance": {"scale": 2.0, "weak": str(tmp_path / "weak")},
+    }
+    overrides = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
+    message = invoke("train", tmp_path / "recipe.yaml", "--out", tmp_path / "run", *overrides)
+    assert "whose latents are another tokenizer's or standardised by other statistics" in message
     assert not (tmp_path / "run" / "stages").exists()

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import types
 from pathlib import Path
+from typing import Any
 
 import attrs
 import pytest
 import torch
 
 import underpaint
+from underpaint import Condition
 from underpaint.config.component import ComponentConfig
+from underpaint.config.data import LatentsConfig
 from underpaint.config.diffusion import DiffusionConfig
 from underpaint.config.recipe import apply_overrides, plain_recipe, recipe_from_plain
 from underpaint.config.schema import Recipe
-from underpaint.models.build import build_tokenizer
+from underpaint.models.build import build_generator_parts, build_tokenizer
 from underpaint.models.folders import save_tokenizer
 from underpaint.models.generator import Generator
 from underpaint.run.pipeline import run_recipe
@@ -28,6 +33,7 @@ LARGE = [
     "repa",
     "vfm-vae-reg",
     "vfm-vae-lightningdit",
+    "text-to-image",
 ]
 SMALL = {
     "lightningdit-small": "aligntok-small",
@@ -96,7 +102,7 @@ def test_ditdh_as_published() -> None:
     assert (config.steps, config.batch, config.ema) == (80 * EPOCH, 1024, 0.9995)
     assert (config.optimizer.lr, config.optimizer.betas, config.optimizer.clip) == (2e-4, (0.9, 0.95), 1.0)
     assert (config.time.distribution, config.time.range, config.time.shift) == ("logit-normal", (0.0, 0.999), "latent")
-    assert recipe.evaluation.sampler.options == {"steps": 49, "shift": "latent"}
+    assert recipe.evaluation.sampler.options == {"steps": 49, "shift": "latent", "end": 0.001}
     assert recipe.evaluation.labels == "balanced"
     assert recipe.engine.precision == "fp32"
 
@@ -113,6 +119,11 @@ def test_reg_as_published() -> None:
     assert (config.time.distribution, config.path, config.optimizer.clip) == ("uniform", "linear", 1.0)
     guidance = recipe.evaluation.guidance
     assert (guidance.scale, guidance.channels, guidance.interval) == (4.0, None, (0.0, 0.8))
+    # §2.4: REG draws anew from the posterior in every step, LightningDiT reads one draw of the image or of its mirror.
+    for name in ("vfm-vae-reg", "vfm-vae-reg-small"):
+        assert load_recipe(f"recipe:{name}").latents == LatentsConfig(store="posterior")
+    for name in ("vfm-vae-lightningdit", "vfm-vae-lightningdit-small"):
+        assert load_recipe(f"recipe:{name}").latents == LatentsConfig(store="sample", flip=True)
 
 
 def test_repa_as_published() -> None:
@@ -120,6 +131,61 @@ def test_repa_as_published() -> None:
     assert {loss.name: loss.weight for loss in config.losses} == {"velocity": 1.0, "repa": 0.5}
     assert (config.steps, config.batch, config.optimizer.lr) == (400_000, 256, 1e-4)
     assert (config.optimizer.betas, config.optimizer.clip, config.ema) == ((0.9, 0.999), 1.0, 0.9999)
+
+
+def test_text_to_image_of_the_papers_size() -> None:
+    # aligntok.md §7.
+    recipe = load_recipe("recipe:text-to-image")
+    config = diffusion(recipe)
+    assert recipe.tokenizer.load == "runs/aligntok-laion/tokenizer"
+    assert recipe.data.size == load_recipe("recipe:aligntok-laion").data.size == 256
+    assert (config.steps, config.batch, config.optimizer.lr) == (100_000, 1024, 1e-4)
+    assert (config.time.distribution, config.time.shift) == ("logit-normal", "tokens")
+    assert recipe.evaluation.sampler.options["shift"] == "tokens"
+    assert (recipe.latents.read, recipe.latents.flip) == ("sequential", False)
+
+
+# Latents and parameters by aligntok.md §5.2 and §7, vfm_vae.md §7, rae.md §3.2, and the papers of SiT and REPA.
+@pytest.mark.parametrize(
+    ("name", "channels", "side", "millions"),
+    [
+        ("lightningdit-64", 32, 16, 675.0),
+        ("lightningdit-800", 32, 16, 675.0),
+        ("vfm-vae-lightningdit", 32, 16, 675.0),
+        ("vfm-vae-reg", 32, 16, 685 - 8.13),  # without the projector of the loss, 1152 → 2048 → 2048 → 768
+        ("rae-ditdh", 768, 16, 838),
+        ("sit", 4, 32, 675),
+        ("repa", 4, 32, 675),
+        ("text-to-image", 32, 16, 2000),
+    ],
+)
+def test_large_ones_build_and_run_without_memory(
+    name: str, channels: int, side: int, millions: float, tmp_path: Path
+) -> None:
+    config = diffusion(load_recipe(f"recipe:{name}"))
+    by_text = name == "text-to-image"
+    if by_text:
+        # The width of T5-XXL is all that is read of it to build the network.
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5", "d_model": 4096}), encoding="utf-8")
+        clip, t5 = config.conditioner.options["parts"]
+        parts = [clip, {**t5, "options": {**t5["options"], "folder": str(tmp_path)}}]
+        config = attrs.evolve(config, conditioner=attrs.evolve(config.conditioner, options={"parts": parts}))
+    tokenizer: Any = types.SimpleNamespace(latent_channels=channels)
+    grid = (side, side)
+    with torch.device("meta"):
+        backbone, conditioner = build_generator_parts(
+            config, tokenizer, grid=grid, classes=0 if by_text else 1000, has_text=by_text, seed=0
+        )
+        x = torch.empty(2, channels, *grid)
+        condition = Condition(pooled=torch.empty(2, conditioner.pooled_dim))
+        if by_text:
+            assert (conditioner.token_dim, conditioner.pooled_dim) == (4096, 768)
+            condition = Condition(tokens=torch.empty(2, 256, 4096), pooled=torch.empty(2, 768))
+        companion = {"companion": torch.empty(2, backbone.companion)} if backbone.companion else {}
+        velocity = backbone(x, torch.empty(2), condition, **companion).velocity
+    assert velocity.shape == x.shape
+    count = sum(p.numel() for module in (backbone, conditioner) for p in module.parameters()) / 1e6
+    assert count == pytest.approx(millions, rel=0.02 if by_text else 2e-3)
 
 
 @pytest.mark.slow

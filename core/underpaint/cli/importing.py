@@ -66,8 +66,9 @@ def import_(format_: str, source: str, destination: Path, options: tuple[str, ..
 
 
 def _joined(model: Denoiser, location: str, format_: str) -> Generator:
+    from underpaint.config.diffusion import GuidanceConfig
     from underpaint.models.build import load_tokenizer
-    from underpaint.models.generator import Generator
+    from underpaint.models.generator import Generator, SamplingSettings
 
     tokenizer = load_tokenizer(location)
     context = model.backbone.spec.context
@@ -87,4 +88,12 @@ def _joined(model: Denoiser, location: str, format_: str) -> Generator:
             "'underpaint encode' computes them, or the importer has an option for them."
         )
     rows, columns = context["grid"]
-    return Generator(tokenizer, model.backbone, model.conditioner, grid=(rows, columns), about=model.about)
+    guided = model.guided_channels and min(model.guided_channels, tokenizer.latent_channels)
+    return Generator(
+        tokenizer,
+        model.backbone,
+        model.conditioner,
+        grid=(rows, columns),
+        settings=SamplingSettings(guidance=GuidanceConfig(channels=guided)),
+        about=model.about,
+    )

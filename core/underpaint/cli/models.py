@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -293,6 +294,8 @@ def _settings(generator: Generator, steps: int | None, guidance: float | None) -
         options = {**settings.sampler.options, "steps": steps}
         settings = attrs.evolve(settings, sampler=attrs.evolve(settings.sampler, options=options))
     if guidance is not None:
+        if not 0.0 <= guidance < math.inf:
+            raise ConfigError(f"--guidance is {guidance:g}; give a scale of 0 or more, 1 for no guidance.")
         settings = attrs.evolve(settings, guidance=attrs.evolve(settings.guidance, scale=guidance))
     return settings
 
@@ -306,7 +309,7 @@ def _sample_inputs(generator: Generator, labels: str | None, text: tuple[str, ..
         return [text[i % len(text)] for i in range(count)]
     if text:
         raise ConfigError("This generator takes class labels, not captions; use --labels.")
-    classes = max(len(generator.classes), 1)
+    classes = max(generator.labels, 1)
     if labels is None:
         return torch.arange(count) % classes
     try:

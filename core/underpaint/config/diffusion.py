@@ -108,7 +108,7 @@ class GuidanceConfig:
             away from (AutoGuidance, Karras et al. 2024); None takes the model's own with the null condition.
     """
 
-    scale: float = attrs.field(default=1.0, validator=not_negative)
+    scale: float = attrs.field(default=1.0, validator=v.and_(not_negative, v.lt(math.inf)))
     channels: int | None = attrs.field(default=None, validator=optional_positive)
     interval: tuple[float, float] = (0.0, 1.0)
     weak: str | None = None

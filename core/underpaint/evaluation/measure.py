@@ -18,11 +18,11 @@ from underpaint.data.transforms import to_tensor, to_uint8
 from underpaint.errors import ConfigError, DataError
 from underpaint.evaluation.protocol import Number
 from underpaint.interfaces.metric import Metric
-from underpaint.models.generator import Generator, SamplingSettings
+from underpaint.models.generator import Generator, SamplingSettings, load_weaker
 from underpaint.models.tokenizer import Tokenizer
 from underpaint.registration.manager import manager
 
-__all__ = ["Shown", "make_metrics", "measure_generation", "measure_reconstruction"]
+__all__ = ["Shown", "check_sampling", "make_metrics", "measure_generation", "measure_reconstruction"]
 
 
 @attrs.define(eq=False)
@@ -52,6 +52,28 @@ def make_metrics(configs: Sequence[ComponentConfig], device: torch.device) -> li
         assert isinstance(metric, Metric)
         metrics.append(metric.to(device))
     return metrics
+
+
+def check_sampling(config: EvaluationConfig) -> None:
+    """Refuse settings by which no sample could be drawn or measured, before hours go into the generator.
+
+    Raises:
+        ConfigError: Of the sampler, a metric or the weaker model.
+        DataError: A metric needs files that are not there.
+    """
+    manager().create("sampler", config.sampler.name, **config.sampler.options)
+    _check_unpaired(make_metrics(config.generation, torch.device("cpu")))
+    if config.guidance.scale != 1.0 and config.guidance.weak is not None:
+        load_weaker(config.guidance.weak)
+
+
+def _check_unpaired(metrics: Sequence[Metric]) -> None:
+    for metric in metrics:
+        if metric.paired:
+            raise ConfigError(
+                f"The metric '{metric.spec.name}' compares image by image and cannot measure samples; "
+                "move it to evaluation.reconstruction."
+            )
 
 
 @torch.inference_mode()
@@ -132,12 +154,7 @@ def measure_generation(
         ConfigError: A metric compares image by image, which samples have no originals for.
         DataError: The generator takes texts, and the references have no captions.
     """
-    for metric in metrics:
-        if metric.paired:
-            raise ConfigError(
-                f"The metric '{metric.spec.name}' compares image by image and cannot measure samples; "
-                "move it to evaluation.reconstruction."
-            )
+    _check_unpaired(metrics)
     device = next(generator.backbone.parameters()).device
     settings = SamplingSettings(sampler=config.sampler, guidance=config.guidance)
     by_text = generator.conditioner.accepts == "text"

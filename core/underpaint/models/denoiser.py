@@ -23,12 +23,20 @@ class Denoiser(nn.Module):
         conditioner: Makes conditions from labels or texts; None where the backbone reads those of text encoders that
             are published apart.
         about: Plain facts about where it comes from.
+        guided_channels: How many of the first latent channels its authors' sampler guides; None where it guides all.
+            A generator made of it does the same unless asked otherwise.
     """
 
     def __init__(
-        self, backbone: Backbone, conditioner: Conditioner | None = None, about: Mapping[str, Any] | None = None
+        self,
+        backbone: Backbone,
+        conditioner: Conditioner | None = None,
+        about: Mapping[str, Any] | None = None,
+        *,
+        guided_channels: int | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.conditioner = conditioner
         self.about: dict[str, Any] = dict(about or {})
+        self.guided_channels = guided_channels

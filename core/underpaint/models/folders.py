@@ -110,6 +110,7 @@ def save_denoiser(denoiser: Denoiser, folder: Path) -> None:
         "format": FORMAT,
         "type": "denoiser",
         "components": {name: _spec(part) for name, part in parts.items() if part is not None},
+        "guided_channels": denoiser.guided_channels,
         "about": denoiser.about,
     }
     with _Replace(folder) as target:
@@ -200,7 +201,7 @@ def load_folder(location: str | Path) -> Tokenizer | Generator | Denoiser:
         return _generator(config, tensors, tokenizer, str(location))
     if config.get("type") == "denoiser":
         parts = {name: _build(plain) for name, plain in config["components"].items()}
-        denoiser = Denoiser(**parts, about=config["about"])
+        denoiser = Denoiser(**parts, about=config["about"], guided_channels=config.get("guided_channels"))
         _load_state(denoiser, tensors, str(location))
         return denoiser.eval()
     raise DataError(

@@ -24,7 +24,7 @@ from underpaint.models.tokenizer import Tokenizer
 from underpaint.registration.manager import manager
 from underpaint.weights import tensor_hash
 
-__all__ = ["Generator", "SamplingSettings"]
+__all__ = ["Generator", "SamplingSettings", "load_weaker"]
 
 
 @attrs.frozen(kw_only=True)
@@ -48,7 +48,7 @@ class Generator(nn.Module):
         backbone: Predicts `predicts` on `path`.
         conditioner: Makes conditions.
         grid: Height and width of the latents it was trained on.
-        classes: Name of each label, or empty.
+        classes: Name of each label, or empty where no names are known.
         settings: How to sample unless asked otherwise.
         about: Plain facts about how it was made.
         path: Path between data and noise that the backbone was trained on.
@@ -87,6 +87,11 @@ class Generator(nn.Module):
         # The weaker model last used, by location. In a dict, so that it is no submodule.
         self._weak: dict[str, Generator] = {}
         check_guidance(self.settings.guidance, tokenizer.latent_channels)
+
+    @property
+    def labels(self) -> int:
+        """How many labels its conditioner knows; 0 where it knows none. Published models have no names for theirs."""
+        return int(self.conditioner.spec.context.get("classes", len(self.classes)))
 
     def prepare(self, *, precision: Precision = "fp32", compile: bool = False) -> None:
         """Make the backbone fast, for drawing many samples; latents and solver stay in fp32.
@@ -130,7 +135,8 @@ class Generator(nn.Module):
 
         Args:
             inputs: B labels (integer tensor) or B texts, as the conditioner accepts.
-            seeds: B seeds; each sample's noise depends on its own seed only, not on the batch.
+            seeds: B seeds; the noise that a sample starts from depends on its own seed only, not on the batch. What
+                stochastic samplers add on the way follows from the first seed and the place in the batch.
             settings: Solver and guidance, instead of the generator's own.
             grid: Height and width of the latents, instead of the trained ones.
 
@@ -224,17 +230,14 @@ class Generator(nn.Module):
             ConfigError: The folder holds no generator, or one for other latents or inputs.
         """
         if location not in self._weak:
-            from underpaint.models.folders import load_folder
-
-            weak = load_folder(location)
-            if not isinstance(weak, Generator):
-                raise ConfigError(f"guidance.weak is '{location}', which holds a tokenizer; name a generator's folder.")
+            weak = load_weaker(location)
             if not _same_latents(weak.tokenizer, self.tokenizer):
                 raise ConfigError(
                     f"guidance.weak is '{location}', whose latents are another tokenizer's or standardised by other "
                     "statistics; name a generator that was trained on the latents of this one."
                 )
-            if weak.conditioner.accepts != self.conditioner.accepts or weak.classes != self.classes:
+            made = [(g.conditioner.accepts, g.labels, g.classes) for g in (weak, self)]
+            if made[0] != made[1]:
                 raise ConfigError(
                     f"guidance.weak is '{location}', which was trained on other classes or captions; name a generator "
                     "that was trained on the data of this one."
@@ -252,12 +255,12 @@ class Generator(nn.Module):
         wants, given = self.conditioner.accepts, "label" if isinstance(inputs, Tensor) else "text"
         if wants != given:
             raise DataError(f"The conditioner '{self.conditioner.spec.name}' takes {wants}s, and was given {given}s.")
-        if isinstance(inputs, Tensor) and self.classes:
-            wrong = inputs[(inputs < 0) | (inputs >= len(self.classes))]
+        if isinstance(inputs, Tensor) and self.labels:
+            wrong = inputs[(inputs < 0) | (inputs >= self.labels)]
             if wrong.numel():
                 raise DataError(
-                    f"The label {int(wrong[0])} was given to a generator of {len(self.classes)} classes; "
-                    f"labels are 0 to {len(self.classes) - 1}."
+                    f"The label {int(wrong[0])} was given to a generator of {self.labels} classes; "
+                    f"labels are 0 to {self.labels - 1}."
                 )
 
     @torch.no_grad()
@@ -284,7 +287,7 @@ class Generator(nn.Module):
             labels: ``balanced`` gives every class equally often (to within one), ``random`` draws uniformly.
             seed: Seed of the first sample and of random labels.
         """
-        classes = max(len(self.classes), 1)
+        classes = max(self.labels, 1)
         if labels == "balanced":
             every = torch.arange(count) % classes
         else:
@@ -292,6 +295,22 @@ class Generator(nn.Module):
         for start in range(0, count, batch):
             end = min(start + batch, count)
             yield every[start:end], range(seed + start, seed + end)
+
+
+def load_weaker(location: str) -> Generator:
+    """Load the generator that `GuidanceConfig.weak` names.
+
+    Raises:
+        ConfigError: The folder holds no generator.
+        NotFoundError: There is no such folder.
+    """
+    from underpaint.models.folders import load_folder
+
+    weak = load_folder(location)
+    if not isinstance(weak, Generator):
+        what = type(weak).__name__.lower()
+        raise ConfigError(f"guidance.weak is '{location}', which holds a {what}; name a generator's folder.")
+    return weak
 
 
 def _sampler(settings: SamplingSettings) -> Sampler:

@@ -12,13 +12,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from underpaint.config.component import ComponentConfig
+from underpaint.config.diffusion import DiffusionConfig
 from underpaint.config.schema import Recipe
 from underpaint.data.latents import LatentCache
 from underpaint.data.loader import Batch
 from underpaint.data.order import Blocks
 from underpaint.data.transforms import to_tensor
 from underpaint.diffusion.guidance import check_guidance, null_condition
-from underpaint.errors import DataError
+from underpaint.errors import ConfigError, DataError
+from underpaint.evaluation.measure import check_sampling
+from underpaint.interfaces.backbone import Backbone
 from underpaint.interfaces.encoder import Encoder
 from underpaint.interfaces.loss import StepSizes
 from underpaint.models.build import build_generator_parts
@@ -47,21 +50,20 @@ def check_diffusion(recipe: Recipe, tokenizer: Tokenizer, data: RunData) -> None
     """Refuse a diffusion model that cannot be made for this tokenizer and data, before hours go into the tokenizer.
 
     Raises:
-        ConfigError: Backbone, conditioner, guidance and latents do not fit each other.
-        DataError: The conditioner needs captions, and there are none to train on or to sample for.
+        ConfigError: Backbone, conditioner, losses, companion, guidance, sampler, metrics of samples and latents do not
+            fit each other.
+        DataError: The conditioner needs captions, and there are none to train on or to sample for; or a part needs
+            files that are not there.
     """
     config, guidance = recipe.diffusion, recipe.evaluation.guidance
     assert config is not None
     check_guidance(guidance, tokenizer.latent_channels)
+    image = (data.config.height, data.config.width)
+    grid = tokenizer.grid(*image)
     # On the meta device it takes no memory for weights.
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        _, conditioner = build_generator_parts(
-            config,
-            tokenizer,
-            grid=tokenizer.grid(data.config.height, data.config.width),
-            classes=len(data.classes),
-            has_text=data.train.has_text,
-            seed=0,
+        backbone, conditioner = build_generator_parts(
+            config, tokenizer, grid=grid, classes=len(data.classes), has_text=data.train.has_text, seed=0
         )
     if conditioner.accepts == "text" and not data.validation.has_text:
         raise DataError(
@@ -71,6 +73,25 @@ def check_diffusion(recipe: Recipe, tokenizer: Tokenizer, data: RunData) -> None
     if guidance.scale != 1.0 and guidance.weak is None and conditioner.accepts == "label":
         # That of a text is the empty one, for which the encoder would have to be read.
         null_condition(conditioner, 1, torch.device("meta"))
+    sizes = StepSizes(image=image, latent_channels=tokenizer.latent_channels, grid=grid, hidden_width=backbone.width)
+    _check_learning(config, backbone, sizes)
+    check_sampling(recipe.evaluation)
+
+
+def _check_learning(config: DiffusionConfig, backbone: Backbone, sizes: StepSizes) -> None:
+    cpu = torch.device("cpu")
+    with torch.random.fork_rng(devices=[]):
+        check_companion(config.backbone.name, backbone, _companion(config.companion, cpu), sizes.image)
+        losses = diffusion_losses(config, cpu, sizes)
+    blocks = len(backbone.blocks())
+    for item in losses.items:
+        for layer in item.loss.layers:
+            if blocks and layer >= blocks:
+                raise ConfigError(
+                    f"The loss '{item.config.name}' reads the hidden states after block {layer}, and the backbone "
+                    f"'{config.backbone.name}' has blocks 0 to {blocks - 1}; set the loss's option 'layer' to one of "
+                    "them."
+                )
 
 
 def run_diffusion_stage(session: Session, tokenizer: Tokenizer, cache: LatentCache) -> LoopResult:
@@ -109,6 +130,8 @@ def run_diffusion_stage(session: Session, tokenizer: Tokenizer, cache: LatentCac
         predicts=config.predicts,
         about=_facts(session),
     )
+    # Here, where the latents are known, it also compares the weaker model's with them.
+    generator.protocol()
     image = (session.data.config.height, session.data.config.width)
     companion = _companion(config.companion, ranks.device)
     check_companion(config.backbone.name, backbone, companion, image)
