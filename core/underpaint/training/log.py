@@ -108,7 +108,7 @@ class _Rows:
                 self._pending = self._pending[self._file.write(self._pending) :]
         except OSError as error:
             if not self._fails:
-                _logger.error("'%s' cannot be written (%s); training goes on, and its lines wait.", self._path, error)
+                _logger.warning("'%s' cannot be written (%s); training goes on, and its lines wait.", self._path, error)
             self._fails = True
         else:
             self._fails = False
