@@ -1,22 +1,27 @@
-"""Reads weights from files and fsspec URLs, without unpickling anything but tensors."""
+"""Reads weights from files and fsspec URLs, without unpickling anything but tensors; writes safetensors."""
 
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import io
+import os
 import pickle
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import fsspec
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
+from safetensors.torch import save_file
 from torch import Tensor
 
 from underpaint.errors import DataError
 
-__all__ = ["is_location", "load_weights", "tensor_hash"]
+__all__ = ["is_location", "load_weights", "save_tensors", "tensor_hash"]
 
 
 def is_location(weights: str) -> bool:
@@ -69,6 +74,22 @@ def load_weights(location: str, *, nested: Sequence[str] = ("state_dict",)) -> d
             f"The weights file '{path}' holds something else than named tensors; convert it to safetensors."
         )
     return dict(state)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: The system refused, because the disk is full for instance.
+    """
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        # The library wraps the system's error, and tells its number in the text alone.
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found is None:
+            raise OSError(errno.EIO, str(error), str(path)) from error
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
 
 
 def tensor_hash(tensors: Mapping[str, Tensor]) -> str:

@@ -1,4 +1,4 @@
-"""Reads the files of other projects: which keys they must have, and into which parameters they go."""
+"""What the two importers share: which keys a file must have, and into which parameters they go."""
 
 from __future__ import annotations
 
@@ -8,9 +8,26 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from underpaint import DataError, load_weights
+import underpaint
+from underpaint import Backbone, DataError, Denoiser, load_weights
+from underpaint_lightningdit.positions import grid_rotations
 
-__all__ = ["Source", "block_names"]
+__all__ = ["NAMES", "TABLE", "Source", "block_names"]
+
+NAMES: Mapping[str, str] = {
+    "time.0.weight": "t_embedder.mlp.0.weight",
+    "time.0.bias": "t_embedder.mlp.0.bias",
+    "time.2.weight": "t_embedder.mlp.2.weight",
+    "time.2.bias": "t_embedder.mlp.2.bias",
+    "norm.weight": "final_layer.norm_final.weight",
+    "modulation.weight": "final_layer.adaLN_modulation.1.weight",
+    "modulation.bias": "final_layer.adaLN_modulation.1.bias",
+    "head.weight": "final_layer.linear.weight",
+    "head.bias": "final_layer.linear.bias",
+}
+"""Keys outside the blocks that both formats have, by our names."""
+TABLE = "y_embedder.embedding_table.weight"
+"""Key of the label table."""
 
 # Key fragments that tell other layouts, most telling first.
 _SIGNS = (
@@ -102,6 +119,32 @@ class Source:
         # bf16 and fp16 files hold rounded tables; another layout of positions differs by more than rounding.
         if given.shape != expected.shape or float((given - expected).abs().max()) > 1e-2:
             raise self.refuse(f"'{key}' holds other positions than those of the paper")
+
+    def heads(self, rope: str, side: int, width: int) -> int:
+        """Return the number of heads of blocks of that width, from the fixed rotary positions, which are checked.
+
+        Raises:
+            DataError: They do not divide the width, or are others than those of the paper.
+        """
+        channels = self.tensors[f"{rope}.freqs_cos"].shape[1]
+        if channels % 4 or width % channels:
+            raise self.refuse(f"rotary positions of {channels} channels do not divide the width of {width}")
+        cosines, sines = grid_rotations(side, side, channels)[:, :, 0]
+        self.check_fixed(f"{rope}.freqs_cos", cosines)
+        self.check_fixed(f"{rope}.freqs_sin", sines[:, 1::2].repeat_interleave(2, dim=1))
+        return int(width // channels)
+
+    def with_labels(self, backbone: Backbone, guided_channels: int | None = None) -> Denoiser:
+        """Return the backbone with the class table of the file, in evaluation mode.
+
+        Args:
+            backbone: Filled already.
+            guided_channels: Channels that its authors guide; None for all.
+        """
+        classes = len(self.tensors[TABLE]) - 1
+        conditioner = underpaint.create("conditioner", "labels", width=backbone.width, classes=classes)
+        self.fill(conditioner, {"table.weight": TABLE}, {})
+        return Denoiser(backbone, conditioner, guided_channels=guided_channels).eval()
 
     def fill(
         self, module: nn.Module, names: Mapping[str, str], changes: Mapping[str, Callable[[Tensor], Tensor]]

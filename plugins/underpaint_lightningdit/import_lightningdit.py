@@ -11,25 +11,16 @@ from torch import Tensor
 import underpaint
 from underpaint import Denoiser, Importer
 from underpaint_lightningdit import SIZES
-from underpaint_lightningdit.foreign import Source, block_names
-from underpaint_lightningdit.positions import grid_positions, grid_rotations
+from underpaint_lightningdit.foreign import NAMES, TABLE, Source, block_names
+from underpaint_lightningdit.positions import grid_positions
 
 __all__ = ["LightningDiTImporter"]
 
 _NAMES = {
     "embed.weight": "x_embedder.proj.weight",
     "embed.bias": "x_embedder.proj.bias",
-    "time.0.weight": "t_embedder.mlp.0.weight",
-    "time.0.bias": "t_embedder.mlp.0.bias",
-    "time.2.weight": "t_embedder.mlp.2.weight",
-    "time.2.bias": "t_embedder.mlp.2.bias",
-    "norm.weight": "final_layer.norm_final.weight",
-    "modulation.weight": "final_layer.adaLN_modulation.1.weight",
-    "modulation.bias": "final_layer.adaLN_modulation.1.bias",
-    "head.weight": "final_layer.linear.weight",
-    "head.bias": "final_layer.linear.bias",
+    **NAMES,
 }
-_TABLE = "y_embedder.embedding_table.weight"
 
 
 class LightningDiTImporter(Importer):
@@ -61,12 +52,11 @@ class LightningDiTImporter(Importer):
         file.require(
             *(_NAMES[key] for key in ("embed.weight", "head.weight")),
             *("blocks.0.norm1.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.w12.weight"),
-            *(_TABLE, *self.left_out),
-            dims={_NAMES["embed.weight"]: 4, "pos_embed": 3, "feat_rope.freqs_cos": 2, _TABLE: 2},
+            *(TABLE, *self.left_out),
+            dims={_NAMES["embed.weight"]: 4, "pos_embed": 3, "feat_rope.freqs_cos": 2, TABLE: 2},
         )
         tensors = file.tensors
         width, channels, patch, _ = tensors[_NAMES["embed.weight"]].shape
-        head = tensors["feat_rope.freqs_cos"].shape[1]
         side = file.side(tensors["pos_embed"].shape[1])
         depth = file.depth()
         if len(tensors[_NAMES["head.weight"]]) == 2 * channels * patch**2:
@@ -75,15 +65,10 @@ class LightningDiTImporter(Importer):
         names = dict(_NAMES)
         for index in range(depth):
             names |= block_names(f"layers.{index}.", f"blocks.{index}.", qk_norm=qk_norm)
-        file.check_keys([*names.values(), _TABLE, *self.left_out])
-        if width % 4 or head % 4 or width % head:
-            raise file.refuse(f"rotary positions of {head} channels do not divide its width of {width}")
+        file.check_keys([*names.values(), TABLE, *self.left_out])
         file.check_fixed("pos_embed", grid_positions(side, side, width)[None])
-        cosines, sines = grid_rotations(side, side, head)[:, :, 0]
-        file.check_fixed("feat_rope.freqs_cos", cosines)
-        file.check_fixed("feat_rope.freqs_sin", sines[:, 1::2].repeat_interleave(2, dim=1))
 
-        name, options = _name(depth, width, width // head, patch)
+        name, options = _name(depth, width, file.heads("feat_rope", side, width), patch)
         shift = len(tensors["blocks.0.adaLN_modulation.1.weight"]) == 6 * width
         backbone = underpaint.create(
             "backbone",
@@ -106,9 +91,7 @@ class LightningDiTImporter(Importer):
                 "head.bias": torch.neg,
             },
         )
-        conditioner = underpaint.create("conditioner", "labels", width=width, classes=len(tensors[_TABLE]) - 1)
-        file.fill(conditioner, {"table.weight": _TABLE}, {})
-        return Denoiser(backbone, conditioner, guided_channels=3).eval()
+        return file.with_labels(backbone, guided_channels=3)
 
 
 def _mirror_time(weight: Tensor) -> Tensor:

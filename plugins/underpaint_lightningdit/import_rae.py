@@ -11,8 +11,8 @@ from torch import Tensor
 import underpaint
 from underpaint import Denoiser, Importer
 from underpaint_lightningdit import DH_SIZES, SIZES
-from underpaint_lightningdit.foreign import Source, block_names
-from underpaint_lightningdit.positions import grid_positions, grid_rotations
+from underpaint_lightningdit.foreign import NAMES, TABLE, Source, block_names
+from underpaint_lightningdit.positions import grid_positions
 
 __all__ = ["RAEImporter"]
 
@@ -22,18 +22,9 @@ _NAMES = {
     "head_embed.weight": "x_embedder.proj.weight",
     "head_embed.bias": "x_embedder.proj.bias",
     "times.frequencies": "t_embedder.W",
-    "time.0.weight": "t_embedder.mlp.0.weight",
-    "time.0.bias": "t_embedder.mlp.0.bias",
-    "time.2.weight": "t_embedder.mlp.2.weight",
-    "time.2.bias": "t_embedder.mlp.2.bias",
-    "norm.weight": "final_layer.norm_final.weight",
-    "modulation.weight": "final_layer.adaLN_modulation.1.weight",
-    "modulation.bias": "final_layer.adaLN_modulation.1.bias",
-    "head.weight": "final_layer.linear.weight",
-    "head.bias": "final_layer.linear.bias",
+    **NAMES,
 }
 _WIDEN = {"widen.weight": "s_projector.weight", "widen.bias": "s_projector.bias"}
-_TABLE = "y_embedder.embedding_table.weight"
 _HEAD_DEPTH = 2
 
 
@@ -68,14 +59,14 @@ class RAEImporter(Importer):
         file.require(
             *(_NAMES[key] for key in ("embed.weight", "head_embed.weight", "times.frequencies")),
             *("blocks.0.norm1.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.w12.weight"),
-            *(_TABLE, *self.left_out),
+            *(TABLE, *self.left_out),
             dims={
                 _NAMES["embed.weight"]: 4,
                 _NAMES["head_embed.weight"]: 4,
                 "pos_embed": 3,
                 "enc_feat_rope.freqs_cos": 2,
                 "dec_feat_rope.freqs_cos": 2,
-                _TABLE: 2,
+                TABLE: 2,
             },
         )
         tensors = file.tensors
@@ -92,10 +83,10 @@ class RAEImporter(Importer):
             names |= block_names(f"layers.{index}.", f"blocks.{index}.", qk_norm=qk_norm)
         for index in range(head_depth):
             names |= block_names(f"head_layers.{index}.", f"blocks.{depth + index}.", qk_norm=qk_norm)
-        file.check_keys([*names.values(), _TABLE, *self.left_out])
+        file.check_keys([*names.values(), TABLE, *self.left_out])
         file.check_fixed("pos_embed", grid_positions(side, side, width)[None])
-        heads = _heads(file, "enc_feat_rope", side, width)
-        head_heads = _heads(file, "dec_feat_rope", side, wide)
+        heads = file.heads("enc_feat_rope", side, width)
+        head_heads = file.heads("dec_feat_rope", side, wide)
 
         name, options = _name(depth, width, heads, head_depth, wide, head_heads)
         backbone = underpaint.create(
@@ -117,9 +108,7 @@ class RAEImporter(Importer):
                 "time.0.weight": lambda w: torch.cat(w.chunk(2, dim=1)[::-1], dim=1),
             },
         )
-        conditioner = underpaint.create("conditioner", "labels", width=width, classes=len(tensors[_TABLE]) - 1)
-        file.fill(conditioner, {"table.weight": _TABLE}, {})
-        return Denoiser(backbone, conditioner).eval()
+        return file.with_labels(backbone)
 
 
 def _head_depth(tensors: Mapping[str, Tensor], depth: int, width: int, wide: int) -> int:
@@ -128,16 +117,6 @@ def _head_depth(tensors: Mapping[str, Tensor], depth: int, width: int, wide: int
         return min(_HEAD_DEPTH, depth - 1)
     norms = (tensors.get(f"blocks.{index}.norm1.weight") for index in range(depth))
     return sum(norm is not None and len(norm) == wide for norm in norms)
-
-
-def _heads(file: Source, rope: str, side: int, width: int) -> int:
-    channels = file.tensors[f"{rope}.freqs_cos"].shape[1]
-    if channels % 4 or width % channels:
-        raise file.refuse(f"rotary positions of {channels} channels do not divide the width of {width}")
-    cosines, sines = grid_rotations(side, side, channels)[:, :, 0]
-    file.check_fixed(f"{rope}.freqs_cos", cosines)
-    file.check_fixed(f"{rope}.freqs_sin", sines[:, 1::2].repeat_interleave(2, dim=1))
-    return int(width // channels)
 
 
 def _name(

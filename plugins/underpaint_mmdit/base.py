@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from underpaint import Backbone, Condition, ConfigError, DataError, Prediction
 from underpaint_mmdit.block import modulate
+from underpaint_mmdit.config import FluxConfig, MMDiTConfig
 from underpaint_mmdit.embeddings import TIMES, patches, time_sinusoids, unpatch, vector_mlp
 
 __all__ = ["TextBackbone"]
@@ -32,9 +33,7 @@ class TextBackbone(Backbone):
 
     def __init__(
         self,
-        width: int,
-        patch: int,
-        recompute: bool,
+        config: MMDiTConfig | FluxConfig,
         *,
         latent_channels: int,
         grid: tuple[int, int],
@@ -42,6 +41,7 @@ class TextBackbone(Backbone):
         token_dim: int,
     ) -> None:
         super().__init__()
+        patch = config.patch
         if not token_dim:
             raise ConfigError(
                 "The backbones 'mmdit/*' and 'flux/*' read tokens, and the conditioner gives none; choose one for "
@@ -52,10 +52,10 @@ class TextBackbone(Backbone):
                 f"A latent of {grid[0]}×{grid[1]} cells does not divide into patches of {patch}×{patch}; "
                 "choose a backbone of a smaller patch, such as 'mmdit/d12-1'."
             )
-        self.width = width
+        self.width = width = config.width
         self.patch = patch
         self.latent_channels = latent_channels
-        self.recompute = recompute
+        self.recompute = config.recompute
         cells = patch**2 * latent_channels
         self.embed = nn.Linear(cells, width)
         self.tokens = nn.Linear(token_dim, width)

@@ -57,15 +57,7 @@ class Flux(TextBackbone):
     def __init__(
         self, config: FluxConfig, *, latent_channels: int, grid: tuple[int, int], pooled_dim: int, token_dim: int
     ) -> None:
-        super().__init__(
-            config.width,
-            config.patch,
-            config.recompute,
-            latent_channels=latent_channels,
-            grid=grid,
-            pooled_dim=pooled_dim,
-            token_dim=token_dim,
-        )
+        super().__init__(config, latent_channels=latent_channels, grid=grid, pooled_dim=pooled_dim, token_dim=token_dim)
         self.guidance = config.guidance
         self.axes = config.axes
         self.strength = None if config.guidance is None else vector_mlp(TIMES, config.width)

@@ -31,15 +31,7 @@ class MMDiT(TextBackbone):
     def __init__(
         self, config: MMDiTConfig, *, latent_channels: int, grid: tuple[int, int], pooled_dim: int, token_dim: int
     ) -> None:
-        super().__init__(
-            config.width,
-            config.patch,
-            config.recompute,
-            latent_channels=latent_channels,
-            grid=grid,
-            pooled_dim=pooled_dim,
-            token_dim=token_dim,
-        )
+        super().__init__(config, latent_channels=latent_channels, grid=grid, pooled_dim=pooled_dim, token_dim=token_dim)
         if max(grid) > config.table * config.patch:
             raise ConfigError(
                 f"A latent of {grid[0]}×{grid[1]} cells exceeds the table of positions, {config.table} tokens a side; "

@@ -193,7 +193,7 @@ def test_check_component(shop: PluginManager) -> None:
     assert result.exit_code == 1
     assert not plain["passed"]
     assert {item["component"] for item in plain["results"]} == {"loss:both"}
-    assert set(plain["results"][0]) == {"component", "check", "status", "message", "seconds"}
+    assert set(plain["results"][0]) == {"component", "check", "status", "message", "seconds", "ran_as"}
     assert any("has no 'Both'" in item["message"] for item in plain["results"])
     text = _run("check", "loss:both")
     assert text.exit_code == 1

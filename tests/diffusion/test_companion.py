@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import attrs
 import pytest
 import torch
+from tests.diffusion.networks import Nothing, WithCompanion
 from tests.models.test_folders import make_generator, make_tokenizer
 from torch import Tensor, nn
 
 import underpaint
-from underpaint import Backbone, Condition, ConfigError, DataError, Encoder, EncoderInfo, Features, Prediction
+from underpaint import Condition, ConfigError, DataError, Encoder, EncoderInfo, Features, Prediction
 from underpaint.config.component import ComponentConfig
 from underpaint.config.diffusion import DiffusionConfig, GuidanceConfig
 from underpaint.config.losses import LossConfig
@@ -58,26 +58,15 @@ def test_without_a_companion_there_are_no_maps() -> None:
 # ---------------------------------------------------------------------------------------------------- guidance
 
 
-class Pair(Backbone):
+class Pair(WithCompanion):
     """Velocities that depend on latent, vector, time and condition in ways that are easy to write down."""
 
-    width = patch = 1
-    companion = 7
-
-    def forward(
-        self,
-        x_t: Tensor,
-        t: Tensor,
-        condition: Condition,
-        layers: Collection[int] = (),
-        companion: Tensor | None = None,
-    ) -> Prediction:
-        assert companion is not None
+    def answer(self, latent: Tensor, vector: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         assert condition.pooled is not None
         pooled = condition.pooled.mean(1)
-        return Prediction(
-            0.3 * x_t + (t + pooled + companion.mean(1)).view(-1, 1, 1, 1),
-            companion=0.5 * companion + (x_t.mean((1, 2, 3)) * pooled)[:, None],
+        return (
+            0.3 * latent + (t + pooled + vector.mean(1)).view(-1, 1, 1, 1),
+            0.5 * vector + (latent.mean((1, 2, 3)) * pooled)[:, None],
         )
 
 
@@ -95,29 +84,19 @@ def test_channels_limit_the_latent_and_not_the_vector() -> None:
     torch.testing.assert_close(guided_vector, 3 * yes.companion - 2 * no.companion)
 
 
-class Perfect(Backbone):
+class Perfect(WithCompanion):
     """Knows data and noise, and answers what it was trained for; its states are checked."""
-
-    width = patch = 1
-    companion = 7
 
     def __init__(self, path: Any, predicts: Any) -> None:
         super().__init__()
         self.path, self.predicts = PATHS[path], predicts
 
-    def forward(
-        self,
-        x_t: Tensor,
-        t: Tensor,
-        condition: Condition,
-        layers: Collection[int] = (),
-        companion: Tensor | None = None,
-    ) -> Prediction:
+    def answer(self, latent: Tensor, vector: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         both = [(randn(2, 4, 3, 5, seed=s), randn(2, 7, seed=s + 10)) for s in (0, 1)]
-        for state, x0, noise in zip((x_t, companion), *both, strict=True):
+        for state, x0, noise in zip((latent, vector), *both, strict=True):
             torch.testing.assert_close(state, self.path.mix(x0, noise, t), rtol=1e-4, atol=1e-4)
-        answers = [self.path.quantity(self.predicts, x0, noise, t) for x0, noise in zip(*both, strict=True)]
-        return Prediction(answers[0], companion=answers[1])
+        first, second = (self.path.quantity(self.predicts, x0, noise, t) for x0, noise in zip(*both, strict=True))
+        return first, second
 
 
 @pytest.mark.parametrize("path", ["linear", "cosine", "vp"])
@@ -264,34 +243,15 @@ def test_its_noise_leaves_the_other_draws_as_they_are() -> None:
     assert torch.equal(StepNoise(config(batch=8), (4, 3, 5), 0, CPU, companion=7).companion(3, slice(0, 8)), whole)
 
 
-class Scaled(Pair):
+class Scaled(WithCompanion):
     """Multiples of what it is given."""
 
     def __init__(self) -> None:
         super().__init__()
         self.factor = nn.Parameter(torch.tensor(0.7))
 
-    def forward(
-        self,
-        x_t: Tensor,
-        t: Tensor,
-        condition: Condition,
-        layers: Collection[int] = (),
-        companion: Tensor | None = None,
-    ) -> Prediction:
-        assert companion is not None
-        return Prediction(self.factor * x_t, companion=2 * self.factor * companion)
-
-
-class Nothing(underpaint.Conditioner):
-    accepts = "label"
-    pooled_dim = token_dim = 0
-
-    def forward(self, inputs: object, drop: Tensor | None = None) -> Condition:
-        return Condition()
-
-    def null(self, batch: int, device: torch.device) -> Condition:
-        return Condition()
+    def answer(self, latent: Tensor, vector: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+        return self.factor * latent, 2 * self.factor * vector
 
 
 @pytest.mark.parametrize("path", ["linear", "cosine"])

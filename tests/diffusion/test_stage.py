@@ -6,9 +6,10 @@ from collections.abc import Collection
 
 import pytest
 import torch
+from tests.diffusion.networks import Nothing
 from torch import Tensor, nn
 
-from underpaint import Backbone, Condition, Conditioner, Prediction, StepSizes
+from underpaint import Backbone, Condition, Prediction, StepSizes
 from underpaint.config.component import ComponentConfig
 from underpaint.config.diffusion import DiffusionConfig, TimeConfig
 from underpaint.diffusion.paths import PATHS
@@ -32,17 +33,6 @@ class Scaled(Backbone):
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition, layers: Collection[int] = ()) -> Prediction:
         self.seen = [x_t.detach(), t]
         return Prediction(self.factor * x_t)
-
-
-class Nothing(Conditioner):
-    accepts = "label"
-    pooled_dim = token_dim = 0
-
-    def forward(self, inputs: object, drop: Tensor | None = None) -> Condition:
-        return Condition()
-
-    def null(self, batch: int, device: torch.device) -> Condition:
-        return Condition()
 
 
 def config(**changes: object) -> DiffusionConfig:

@@ -1,8 +1,9 @@
-"""DiT as a backbone: its process as noise fractions, the conversion to a velocity, published counts."""
+"""DiT: its process as noise fractions, the conversion to a velocity. What all backbones do: test_backbones."""
 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,38 +11,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.plugins import backbones
+from tests.plugins.backbones import disturbed, inputs
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-import underpaint
-from underpaint import Condition, ConfigError, DataError, Prediction
+from underpaint import Condition, Prediction
 from underpaint_dit.schedule import alphas_cumprod, noise_fractions, timestep
 
-SIZES = {"S": 384, "B": 768, "L": 1024, "XL": 1152}
-TINY: dict[str, Any] = {"depth": 2, "width": 32, "heads": 4}
+TINY = backbones.TINY["dit/S-2"]
+make = partial(backbones.make, "dit/S-2")
 FIRST, LAST = 0.0099, 0.9937
 """Noise fractions of timesteps 0 and 999, to four digits."""
-
-
-def make(name: str = "dit/S-2", *, d: int = 4, grid: tuple[int, int] = (4, 4), pooled: int = 32, **options: Any) -> Any:
-    torch.manual_seed(0)
-    context = {"latent_channels": d, "grid": grid, "pooled_dim": pooled, "token_dim": 0}
-    return underpaint.create("backbone", name, **context, **options)
-
-
-def disturbed(model: nn.Module) -> Any:
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=generator).to(p))
-    return model
-
-
-def inputs(b: int = 2, grid: tuple[int, int] = (4, 4), dtype: torch.dtype = torch.float32) -> Any:
-    generator = torch.Generator().manual_seed(2)
-    x = torch.randn(b, 4, *grid, generator=generator).to(dtype)
-    return x, torch.rand(b, generator=generator).to(dtype), Condition(pooled=torch.randn(b, 32, generator=generator))
 
 
 # ------------------------------------------------------------------------------------------------ the process
@@ -164,64 +144,7 @@ def test_conversion_is_precise_in_bfloat16() -> None:
     torch.testing.assert_close(velocity.double(), expected, rtol=0.01, atol=0.1)
 
 
-# ------------------------------------------------------------------------------------------ published numbers
-
-
-def published(name: str) -> tuple[int, float]:
-    """Return parameters with the label table of 1000 classes, and GFLOPs of a 32×32×4 latent."""
-    n = SIZES[name.partition("-")[0]]
-    with torch.device("meta"):
-        model = make(f"dit/{name}", grid=(32, 32), pooled=n)
-        x, t, pooled = torch.empty(1, 4, 32, 32), torch.empty(1), torch.empty(1, n)
-    counter = FlopCounterMode(display=False)
-    with counter, sdpa_kernel(SDPBackend.MATH):
-        model(x, t, Condition(pooled=pooled))
-    return sum(p.numel() for p in model.parameters()) + 1001 * n, counter.get_total_flops() / 1e9
-
-
-def test_xl_2() -> None:
-    # A multiply-add counts two: the paper's "118.6 Gflops" are multiply-adds.
-    parameters, gflops = published("XL-2")
-    assert (round(parameters / 1e6, 1), round(gflops, 2)) == (674.8, 237.24)
-    assert round(gflops / 2, 1) == 118.6
-
-
-def test_s_2() -> None:
-    parameters, gflops = published("S-2")
-    # The file's number includes the fixed positions of 256 tokens.
-    assert (parameters + 256 * 384, round(gflops, 2)) == (32_963_360, 12.11)
-
-
-@pytest.mark.parametrize(
-    ("name", "gmac"),
-    # Peebles & Xie 2023: multiply-adds, and up to two in ten thousand of something else.
-    [
-        ("S-8", 0.36),
-        ("S-4", 1.41),
-        ("B-8", 1.42),
-        ("B-4", 5.56),
-        ("B-2", 23.01),
-        ("L-8", 5.01),
-        ("L-4", 19.70),
-        ("L-2", 80.71),
-        ("XL-8", 7.39),
-        ("XL-4", 29.05),
-    ],
-)
-def test_gflops_of_the_paper(name: str, gmac: float) -> None:
-    assert published(name)[1] / 2 == pytest.approx(gmac, abs=0.006, rel=3e-4)
-
-
 # ---------------------------------------------------------------------------------------------- as a backbone
-
-
-def test_backbone_surface() -> None:
-    model = disturbed(make(**TINY))
-    x, t, condition = inputs(grid=(4, 6))
-    prediction = model(x, t, condition, layers=[1])
-    assert prediction.velocity.shape == x.shape
-    assert prediction.hidden[1].shape == (2, 6, 32)
-    assert (model.width, model.patch, len(model.blocks())) == (32, 2, 2)
 
 
 def test_the_variance_is_kept_and_not_read() -> None:
@@ -251,33 +174,3 @@ def test_starts_with_no_noise_predicted() -> None:
     model = make(**TINY)
     x, t, condition = inputs()
     torch.testing.assert_close(model(x, t, condition).velocity, -x / (1 - t)[:, None, None, None])
-
-
-def test_recomputation_reaches_the_network() -> None:
-    plain, again = make(**TINY), make(**TINY, recompute=True)
-    again.load_state_dict(disturbed(plain).state_dict())
-    for model in (plain.train(), again.train()):
-        model(*inputs()).velocity.square().sum().backward()
-    for a, b in zip(plain.parameters(), again.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad)
-    assert again.network.spec.options["recompute"] is True
-
-
-def test_trains_after_inference_mode() -> None:
-    model = make(**TINY)
-    with torch.inference_mode():
-        model(*inputs())
-    model(*inputs()).velocity.sum().backward()
-
-
-def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(ConfigError, match="4×5 cells does not divide into patches of 2×2"):
-        make(**TINY, grid=(4, 5))
-    with pytest.raises(ConfigError, match="multiple of 4"):
-        make(**{**TINY, "heads": 5})
-    model = make(**TINY)
-    x, t, condition = inputs()
-    with pytest.raises(DataError, match="Layer 2 was asked for"):
-        model(x, t, condition, layers=[2])
-    with pytest.raises(DataError, match="made with a pooled condition"):
-        model(x, t, Condition())

@@ -1,70 +1,29 @@
-"""The LightningDiT backbone: published counts, a float64 copy of its arithmetic, positions, grids, conditions."""
+"""The LightningDiT backbone: a float64 copy of its arithmetic, positions. What all backbones do: test_backbones."""
 
 from __future__ import annotations
 
-import copy
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.plugins import backbones
+from tests.plugins.backbones import disturbed, flops, inputs, large, parameters
 from timm.layers import build_sincos2d_pos_embed
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-import underpaint
-from underpaint import Backbone, Condition, ConfigError, DataError
+from underpaint import ConfigError
 from underpaint_lightningdit.block import GatedLinear, ModulatedNorm
 from underpaint_lightningdit.positions import grid_positions, grid_rotations, rotate, time_sinusoids
 from underpaint_lightningdit.tokens import image, patches
 
-TINY: dict[str, Any] = {"depth": 2, "width": 32, "heads": 4}
+TINY = backbones.TINY["lightningdit/S-2"]
+make = partial(backbones.make, "lightningdit/S-2")
 
 
-def make(name: str = "lightningdit/S-2", *, d: int = 4, grid: tuple[int, int] = (4, 4), **options: Any) -> Any:
-    torch.manual_seed(0)
-    pooled = options.pop("pooled", 32)
-    context = {"latent_channels": d, "grid": grid, "pooled_dim": pooled, "token_dim": 0}
-    return underpaint.create("backbone", name, **context, **options)
-
-
-def disturbed(model: Backbone) -> Any:
-    """Move every parameter off its initial value, so that zero gates and unit scales hide nothing."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=generator).to(p))
-    return model
-
-
-def inputs(model: Backbone, b: int = 2, d: int = 4, grid: tuple[int, int] = (4, 4), pooled: int = 32) -> Any:
-    generator = torch.Generator().manual_seed(2)
-    dtype = next(model.parameters()).dtype
-    x = torch.randn(b, d, *grid, generator=generator).to(dtype)
-    t = torch.rand(b, generator=generator).to(dtype)
-    return x, t, Condition(pooled=torch.randn(b, pooled, generator=generator).to(dtype)) if pooled else Condition()
-
-
-# ---------------------------------------------------------------------------------------- published numbers
-
-
-def count(name: str, width: int, **options: Any) -> int:
-    with torch.device("meta"):
-        model = make(name, d=32, grid=(16, 16), pooled=width, **options)
-    return sum(p.numel() for p in model.parameters())
-
-
-def test_parameters_of_the_published_models() -> None:
-    # Counted on the authors' code with 32 channels, 16×16 latents and 1000 classes: B/1 has 130,556,192 parameters and
-    # 130,557,728 with QK-norm. They include the label table, which is our conditioner's, and the fixed positions.
-    beside = (1000 + 1) * 768 + 256 * 768
-    assert count("lightningdit/B-1", 768, qk_norm=False) + beside == 130_556_192
-    assert count("lightningdit/B-1", 768) + beside == 130_557_728
-    # XL/1: 675.0 M trainable ones with the label table, as AlignTok's and VFM-VAE's authors count it.
-    assert round((count("lightningdit/XL-1", 1152, qk_norm=False) + 1001 * 1152) / 1e6, 1) == 675.0
+# ------------------------------------------------------------------------------------------------ parameters
 
 
 @pytest.mark.parametrize(
@@ -87,17 +46,12 @@ def test_parameters_in_closed_form(size: str, depth: int, n: int, hidden: int, h
     swiglu = (2 * hidden * n + 2 * hidden) + (hidden * n + n)
     block = 2 * n + mixing + swiglu + (6 * n * n + 6 * n)
     around = (cells * n + n) + (256 * n + n + n * n + n) + n + (2 * n * n + 2 * n) + (n * cells + cells)
-    assert count(f"lightningdit/{size}-{patch}", n) == depth * block + around
-    assert count(f"lightningdit/{size}-{patch}", n, shift=False) == depth * (block - 2 * n * n - 2 * n) + around
-
-
-@pytest.mark.parametrize(
-    # Counted with torch's FlopCounterMode on the authors' code: B/1 46.02 GFLOP, XL/1 237.25 GFLOP.
-    ("size", "gflop"),
-    [("B", 46.02), ("XL", 237.25)],
-)
-def test_flops_of_the_published_models(size: str, gflop: float) -> None:
-    assert round(flops(size, {"B": 768, "XL": 1152}[size]) / 1e9, 2) == gflop
+    full, unshifted = (
+        parameters(large(f"lightningdit/{size}-{patch}", d=32, grid=(16, 16), pooled=n, shift=shift))
+        for shift in (True, False)
+    )
+    assert full == depth * block + around
+    assert unshifted == depth * (block - 2 * n * n - 2 * n) + around
 
 
 @pytest.mark.parametrize(
@@ -108,17 +62,8 @@ def test_flops_in_closed_form(size: str, depth: int, n: int) -> None:
     # Of a block: queries, keys, values and output; scores and their use; three matrices of the SwiGLU; modulation.
     block = cells * 4 * n * n + 2 * cells**2 * n + cells * 3 * n * hidden + 6 * n * n
     ends = 2 * cells * 32 * n + (256 * n + n * n) + 2 * n * n
-    assert flops(size, n) == 2 * (depth * block + ends)
-
-
-def flops(size: str, n: int) -> int:
-    with torch.device("meta"):
-        model = make(f"lightningdit/{size}-1", d=32, grid=(16, 16), pooled=n)
-        x, t, pooled = torch.empty(1, 32, 16, 16), torch.empty(1), torch.empty(1, n)
-    counter = FlopCounterMode(display=False)
-    with counter, sdpa_kernel(SDPBackend.MATH):
-        model(x, t, Condition(pooled=pooled))
-    return int(counter.get_total_flops())
+    model = large(f"lightningdit/{size}-1", d=32, grid=(16, 16), pooled=n)
+    assert flops(model, d=32, grid=(16, 16), pooled=n) == 2 * (depth * block + ends)
 
 
 # ------------------------------------------------------------------------------------------------ arithmetic
@@ -139,7 +84,7 @@ def turn(x: np.ndarray, rows: int, columns: int) -> np.ndarray:
 @pytest.mark.parametrize("shift", [False, True])
 def test_whole_model_in_float64_numpy(qk_norm: bool, shift: bool) -> None:
     model = disturbed(make(**TINY, qk_norm=qk_norm, shift=shift, pooled=12).double())
-    x, t, condition = inputs(model, grid=(4, 6), pooled=12)
+    x, t, condition = inputs(grid=(4, 6), pooled=12, dtype=torch.float64)
     w = {name: p.detach().numpy() for name, p in model.named_parameters()}
 
     def linear(name: str, v: np.ndarray) -> np.ndarray:
@@ -191,7 +136,7 @@ def test_gradients_of_the_rearranged_layers() -> None:
     """Scales and biases are moved for speed; their gradients are those of the plain formulas."""
     generator = torch.Generator().manual_seed(0)
 
-    def draw(*shape: int) -> Tensor:
+    def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
 
     norm, gated = ModulatedNorm(8).double(), GatedLinear(8, 8).double()
@@ -252,35 +197,7 @@ def test_patches_are_read_by_channel_and_written_by_cell() -> None:
     assert torch.equal(image(tokens, 2, 3, 2), F.fold(by_channel.transpose(1, 2), (4, 6), 2, stride=2))
 
 
-def test_tables_are_no_part_of_the_weights_and_stay_exact() -> None:
-    model = disturbed(make(**TINY))
-    model(*inputs(model))
-    assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
-    x, t, condition = inputs(model)
-    half = copy.deepcopy(model).bfloat16()
-    assert half(x, t, condition).velocity.dtype == torch.float32
-    # Positions are rounded for the use only: back in float32 the outputs are those of the rounded weights.
-    back = half.float()(x, t, condition).velocity
-    fresh = make(**TINY)
-    fresh.load_state_dict(half.state_dict())
-    assert torch.equal(back, fresh(x, t, condition).velocity)
-
-
-def test_trains_after_inference_mode() -> None:
-    model = make(**TINY)
-    with torch.inference_mode():
-        model(*inputs(model))
-    model(*inputs(model)).velocity.sum().backward()
-
-
 # ---------------------------------------------------------------------------------------------- as a backbone
-
-
-def test_starts_as_the_identity_and_predicts_zero() -> None:
-    model = make(**TINY)
-    prediction = model(*inputs(model), layers=range(2))
-    assert float(prediction.velocity.detach().abs().max()) == 0.0
-    assert torch.equal(prediction.hidden[0], prediction.hidden[1])
 
 
 def test_qk_norm_is_on_unless_switched_off() -> None:
@@ -288,56 +205,11 @@ def test_qk_norm_is_on_unless_switched_off() -> None:
     assert names[0] - names[1] == {f"layers.{i}.norm_{which}.weight" for i in range(2) for which in "qk"}
 
 
-@pytest.mark.parametrize("grid", [(4, 4), (2, 8), (6, 4)])
-def test_other_grids_and_hidden_states(grid: tuple[int, int]) -> None:
-    model = disturbed(make(**TINY))
-    prediction = model(*inputs(model, grid=grid), layers=[1])
-    assert prediction.velocity.shape == (2, 4, *grid)
-    assert set(prediction.hidden) == {1}
-    assert prediction.hidden[1].shape == (2, grid[0] * grid[1] // 4, 32)
-    assert model(*inputs(model, grid=grid)).hidden == {}
-
-
-@pytest.mark.parametrize("pooled", [0, 12, 32])
-def test_condition_of_any_width(pooled: int) -> None:
-    model = disturbed(make(**TINY, pooled=pooled))
-    x, t, condition = inputs(model, pooled=pooled)
-    first = model(x, t, condition).velocity
-    assert not torch.equal(first, model(x, 1 - t, condition).velocity)
-    if pooled:
-        other = Condition(pooled=condition.pooled.flip(0))
-        assert not torch.equal(first, model(x, t, other).velocity)
-    names = {name.partition(".")[0] for name, _ in model.named_parameters()}
-    assert ("project" in names) == (pooled == 12)
-
-
-def test_recomputation_changes_memory_only() -> None:
-    plain = disturbed(make(**TINY)).train()
-    again = make(**TINY, recompute=True).train()
-    again.load_state_dict(plain.state_dict())
-    kept = []
-    for model in (plain, again):
-        saved: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x, s=saved: (s.append(x.numel()), x)[1], lambda x: x):
-            loss = model(*inputs(model, b=8)).velocity.square().sum()
-        loss.backward()
-        kept.append(sum(saved))
-    assert kept[1] < kept[0]
-    for (name, a), (_, b) in zip(plain.named_parameters(), again.named_parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad, msg=name)
-
-
 def test_residual_stream_keeps_its_type_under_autocast() -> None:
     model = disturbed(make(**TINY))
     with torch.autocast("cpu", torch.bfloat16):
-        hidden = model(*inputs(model), layers=[0, 1]).hidden
+        hidden = model(*inputs(), layers=[0, 1]).hidden
     assert {h.dtype for h in hidden.values()} == {torch.bfloat16}
-
-
-def test_blocks_are_the_repeated_part() -> None:
-    model = make(**TINY)
-    assert len(model.blocks()) == 2
-    assert (model.width, model.patch) == (32, 2)
 
 
 @pytest.mark.slow
@@ -355,7 +227,6 @@ def test_blocks_compile_into_one_graph_each() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"grid": (4, 5)}, "4×5 cells does not divide into patches of 2×2"),
         ({"width": 40}, "multiple of 16"),
         ({"heads": 5}, "multiple of 20"),
         ({"depth": 0}, "depth"),
@@ -364,36 +235,3 @@ def test_blocks_compile_into_one_graph_each() -> None:
 def test_what_cannot_be_made_is_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make(**{**TINY, **arguments})
-
-
-def test_condition_of_tokens_only_is_refused() -> None:
-    context = {"latent_channels": 4, "grid": (4, 4), "pooled_dim": 0, "token_dim": 8}
-    with pytest.raises(ConfigError, match="tokens only"):
-        underpaint.create("backbone", "lightningdit/S-2", **context, **TINY)
-
-
-def test_wrong_inputs_are_refused() -> None:
-    model = make(**TINY)
-    x, t, condition = inputs(model)
-    with pytest.raises(DataError, match="4×3 cells does not divide"):
-        model(x[..., :3], t, condition)
-    with pytest.raises(DataError, match="made with a pooled condition and was given one without"):
-        model(x, t, Condition())
-    with pytest.raises(DataError, match=r"Layer 2 was asked for.* layers are 0 to 1"):
-        model(x, t, condition, layers=[2])
-
-
-def test_learns_a_constant_velocity() -> None:
-    """A sanity check of the gradient path as a whole: the loss of one batch falls by nine tenths."""
-    model = make(**TINY)
-    x, t, condition = inputs(model, b=4)
-    target: Tensor = torch.randn(4, 4, 4, 4, generator=torch.Generator().manual_seed(3))
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(150):
-        loss = F.mse_loss(model(x, t, condition).velocity, target)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.1 * losses[0]

@@ -1,74 +1,22 @@
-"""REG: the companion vector as a token, published counts, refusals. Its outputs are compared in test_sit_import."""
+"""REG: the companion vector as a token, and refusals. Its outputs: test_sit_import. Its size: test_backbones."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from tests.plugins import backbones
+from tests.plugins.backbones import disturbed
 
-import underpaint
-from underpaint import Condition, DataError, Prediction
+from underpaint import DataError, Prediction
 
-TINY: dict[str, Any] = {"depth": 2, "width": 32, "heads": 4, "companion": 24}
-CONTEXT: dict[str, Any] = {"latent_channels": 4, "grid": (4, 6), "pooled_dim": 32, "token_dim": 0}
+make = partial(backbones.make, "reg/S-2", grid=(4, 6), **backbones.TINY["reg/S-2"])
 
 
-def make(name: str = "reg/S-2", **options: Any) -> Any:
-    torch.manual_seed(0)
-    return underpaint.create("backbone", name, **{**CONTEXT, **TINY, **options})
-
-
-def disturbed(model: nn.Module) -> Any:
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=generator).to(p))
-    return model
-
-
-def inputs(b: int = 2) -> Any:
-    generator = torch.Generator().manual_seed(2)
-    x, t = torch.randn(b, 4, 4, 6, generator=generator), torch.rand(b, generator=generator)
-    condition = Condition(pooled=torch.randn(b, 32, generator=generator))
-    return (x, t, condition), torch.randn(b, 24, generator=generator)
-
-
-def large(name: str, width: int, grid: int) -> Any:
-    with torch.device("meta"):
-        return underpaint.create("backbone", name, latent_channels=4, grid=(grid, grid), pooled_dim=width, token_dim=0)
-
-
-def test_published_parameters() -> None:
-    model = large("reg/B-2", 768, 32)
-    own = sum(p.numel() for p in model.parameters())
-    projector = (768 * 2048 + 2048) + (2048 * 2048 + 2048) + (2048 * 768 + 768)
-    # The published file also holds the label table, the positions of 257 tokens, and REPA's projector.
-    assert own + 1001 * 768 + 257 * 768 + projector == 139_028_496
-
-
-def test_xl_1_of_vfm_vae() -> None:
-    # "685 M with REG parts" on 16×16 latents of 32 channels; QK-norm adds 28·4·72.
-    with torch.device("meta"):
-        context = {"latent_channels": 32, "grid": (16, 16), "pooled_dim": 1152, "token_dim": 0}
-        model = underpaint.create("backbone", "reg/XL-1", **context, qk_norm=True, qk_norm_type="layer")
-    own = sum(p.numel() for p in model.parameters())
-    projector = (1152 * 2048 + 2048) + (2048 * 2048 + 2048) + (2048 * 768 + 768)
-    assert round((own + 1001 * 1152 + 257 * 1152 + projector) / 1e6) == 685
-
-
-def test_published_flops() -> None:
-    model = large("reg/B-2", 768, 32)
-    x, t = torch.empty(1, 4, 32, 32, device="meta"), torch.empty(1, device="meta")
-    pooled, token = torch.empty(1, 768, device="meta"), torch.empty(1, 768, device="meta")
-    counter = FlopCounterMode(display=False)
-    with counter, sdpa_kernel(SDPBackend.MATH):
-        model(x, t, Condition(pooled=pooled), companion=token)
-    projector = 2 * 257 * (768 * 2048 + 2048 * 2048 + 2048 * 768)
-    assert round((counter.get_total_flops() + projector) / 1e9, 2) == 49.97
+def inputs() -> Any:
+    return backbones.inputs(grid=(4, 6)), torch.randn(2, 24, generator=torch.Generator().manual_seed(3))
 
 
 def test_both_velocities_and_the_token_among_the_hidden() -> None:
@@ -95,13 +43,6 @@ def test_each_output_depends_on_both_inputs() -> None:
         assert not torch.allclose(other.companion, first.companion)
 
 
-def test_starts_at_zero() -> None:
-    given, companion = inputs()
-    prediction = make()(*given, companion=companion)
-    assert not prediction.velocity.any()
-    assert not prediction.companion.any()
-
-
 def test_the_scale_of_the_token_is_normalised_away() -> None:
     model = disturbed(make())
     with torch.no_grad():
@@ -122,7 +63,7 @@ def test_every_parameter_learns() -> None:
 
 def test_without_a_vector_it_is_a_sit() -> None:
     model = disturbed(make())
-    sit = underpaint.create("backbone", "sit/S-2", **CONTEXT, depth=2, width=32, heads=4)
+    sit = backbones.make("sit/S-2", grid=(4, 6), **backbones.TINY["sit/S-2"])
     sit.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("companion")})
     given, _ = inputs()
     prediction = model(*given, layers=[1])

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from tests.plugins.test_samplers import MEAN, STD, gaussian
 from torch import Tensor
 
 import underpaint
 from underpaint import Sampler
 from underpaint_samplers.streams import Streams
 
-MEAN, STD = 0.3, 0.5
 SHAPE = (40, 4, 32, 32)
 COUNT = math.prod(SHAPE)
 
@@ -25,13 +25,6 @@ def make(name: str, **options: Any) -> Sampler:
 
 def variance_at(t: float) -> float:
     return (1 - t) ** 2 * STD**2 + t**2
-
-
-def gaussian(x: Tensor, t: Tensor) -> Tensor:
-    """Velocity of the flow to data of N(MEAN, STD²)."""
-    wide = t.to(x.dtype).view(-1, 1, 1, 1)
-    variance = (1 - wide) ** 2 * STD**2 + wide**2
-    return (wide - (1 - wide) * STD**2) / variance * (x - (1 - wide) * MEAN) - MEAN
 
 
 def drawn(sampler: Sampler) -> Tensor:

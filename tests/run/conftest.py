@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,15 +95,23 @@ def no_process_is_left() -> Iterator[None]:
         process.communicate()
 
 
-def train(recipe: Path, out: Path, *overrides: str, ranks: int = 1, until: str = "align") -> subprocess.Popen[str]:
+def train(
+    recipe: Path,
+    out: Path,
+    *overrides: str,
+    ranks: int = 1,
+    until: str = "align",
+    program: Sequence[str] = ("-m", "underpaint"),
+    **environment: str,
+) -> subprocess.Popen[str]:
     launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     arguments = ["train", str(recipe), "--out", str(out), "--until", until, *overrides]
     process = subprocess.Popen(
-        [sys.executable, *launcher, "-m", "underpaint", *arguments],
+        [sys.executable, *launcher, *program, *arguments],
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
-        env=ENVIRONMENT,
+        env={**ENVIRONMENT, **environment},
         start_new_session=True,
     )
     STARTED.append(process)

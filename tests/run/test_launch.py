@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -86,6 +87,64 @@ def test_a_signal_saves_and_says_how_to_go_on(number: signal.Signals, code: int,
         assert again.stderr is not None
         first = next(line for line in again.stderr if line.startswith("align "))
         assert first.startswith(f"align {saved + 1}/")
+
+
+# The command, on a disk that takes for ever once half of a file is written. The folder it writes to is in SLOW.
+SLOW_DISK = """
+import os, time
+from pathlib import Path
+import underpaint.training.state as state
+from underpaint.cli.main import run
+
+def write(tensors, path, metadata):
+    path.write_bytes(b"half of a file")
+    Path(os.environ["SLOW"]).touch()
+    time.sleep(600)
+
+state.save_tensors = write
+run()
+"""
+
+
+def test_a_second_signal_does_not_wait_for_the_checkpoint(tmp_path: Path) -> None:
+    recipe, long = recipe_file(tmp_path), ["stages.align.steps=5000", "engine.checkpoint_every=5000"]
+    saving, checkpoints = tmp_path / "saving", tmp_path / "run" / "stages" / "align" / "checkpoints"
+
+    def until_step(process: subprocess.Popen[str]) -> int:
+        """Wait for a few steps; return the first."""
+        assert process.stderr is not None
+        steps = (int(line.split()[1].split("/")[0]) for line in process.stderr if line.startswith("align "))
+        first = next(steps)
+        next(step for step in steps if step >= first + 3)
+        return first
+
+    first = train(recipe, tmp_path / "run", *long)
+    assert until_step(first) == 1
+    first.terminate()
+    finish(first)
+    (made,) = checkpoints.iterdir()
+    before = {path.name: path.read_bytes() for path in made.iterdir()}
+    saved = int(made.name.removeprefix("step-"))
+
+    second = train(recipe, tmp_path / "run", *long, program=["-c", SLOW_DISK], SLOW=str(saving))
+    assert until_step(second) == saved + 1
+    second.terminate()
+    while not saving.exists():
+        assert second.poll() is None
+        time.sleep(0.01)
+    second.terminate()
+    error = finish(second)
+    assert second.returncode == 143, error
+    assert error.splitlines()[-1].startswith("Error: Interrupted. What was committed before is intact")
+    assert "Traceback" not in error
+    assert {path.name: path.read_bytes() for path in made.iterdir()} == before
+    assert [path.name for path in checkpoints.iterdir() if ".tmp-" not in path.name] == [made.name]
+    assert [path.name for path in checkpoints.rglob("*.safetensors") if path.stat().st_size == 14]
+
+    third = train(recipe, tmp_path / "run", *long)
+    assert until_step(third) == saved + 1
+    third.kill()
+    third.communicate()
 
 
 def test_a_second_process_on_the_folder_is_refused(tmp_path: Path) -> None:

@@ -178,6 +178,15 @@ class NeedsOtherWidth(Backbone):
         super().__init__(config, pooled_dim=pooled_dim, **context)
 
 
+class OnlyTiny(Backbone):
+    """Cannot be made at the size of its defaults."""
+
+    def __init__(self, config, **context):
+        if config.width > 16:
+            raise ValueError("too large")
+        super().__init__(config, **context)
+
+
 # ------------------------------------------------------------------------------ conditioners
 
 

@@ -54,6 +54,7 @@ MUTANTS = {
         "DividesByTime": {"ends_of_time_are_finite"},
         "OtherWidth": {"width_as_configured", "hidden_as_asked"},
         "NeedsOtherWidth": {"accepts_condition_as_wide"},
+        "OnlyTiny": {"makes_full_size"},
     },
     "conditioner": {
         "WrongWidth": {"condition_as_declared"},

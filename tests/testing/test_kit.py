@@ -29,6 +29,9 @@ def register_samplers(register):
     register("misspelled", target, **base, expected_failures={{"linear_flow": "it is crude"}})
     register("reasonless", target, **base, expected_failures={{"linear_flow_converges": " "}})
     register("silent", target, config=base["config"])
+    register("sized", target, **base, options={{"steps": 3}})
+    register("small", target, **base, options={{"steps": 3}}, tiny={{"steps": 50}})
+    register("wrong", target, **base, options={{"steps": 0}})
     register("needs_extra", "{stem}:NeedsExtra", summary="x", extra="solvers")
     register("crash", "{stem}:Crash", summary="x")
     register.alias("short", "fine")
@@ -147,6 +150,44 @@ def test_names_options_and_aliases() -> None:
     failed = [r for r in check_component("sampler", "fine", {"steps": 0}) if r.status == "failed"]
     assert failed
     assert all("'steps' must be > 0" in r.message for r in failed)
+
+
+@pytest.mark.usefixtures("kit")
+def test_names_that_make_equal_components_share_outcomes() -> None:
+    results = {str(case): case.run() for case in cases("sampler", plugin="plugin_for_the_kit")}
+
+    def ran(check: str) -> dict[str, str | None]:
+        return {name.split(":")[1]: r.ran_as for name, r in results.items() if name.endswith(check)}
+
+    # One class with equal options, whether its defaults, a preset or ``tiny`` say them.
+    same = {name for name, other in ran("time_runs_down").items() if other == "fine"}
+    assert same == {"misspelled", "reasonless", "silent", "small", "stale"}
+    # Another class; other options; a model and weights, of which the class is told; options that are wrong.
+    others = {name for name, other in ran("time_runs_down").items() if other is None} - {"fine"}
+    assert others == {"anything", "crash", "family/a@random", "family/b@tag", "needs_extra", "sized", "wrong"}
+    # What is registered is looked at name by name.
+    assert set(ran("declares_what_exists").values()) == set(ran("config_round_trip").values()) == {None}
+    # Each name is judged by what it declares.
+    told = {
+        name: (results[f"sampler:{name}:linear_flow_converges"].status, ran("linear_flow_converges")[name])
+        for name in ("anything", "declared", "fine", "stale", "small")
+    }
+    assert told == {
+        "anything": ("expected", None),
+        "declared": ("expected", "anything"),
+        "fine": ("passed", None),
+        "stale": ("failed", "fine"),
+        "small": ("passed", "fine"),
+    }
+    assert results["sampler:declared:linear_flow_converges"].message == "it is crude"
+
+
+@pytest.mark.usefixtures("kit")
+def test_a_case_that_is_run_again_runs_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    (case,) = [c for c in cases("sampler") if (c.name, c.check.name) == ("fine", "time_runs_down")]
+    assert case.run().status == "passed"
+    monkeypatch.setattr("underpaint_demo_sampler.sampler.Midpoint.sample", lambda *_: None)
+    assert case.run().status == "failed"
 
 
 @pytest.mark.usefixtures("kit")

@@ -244,7 +244,7 @@ def failing_saves(ranks: Ranks, folder: str) -> tuple:
     """Save with a full disk on rank 1 only: in its own file, then again, then not, then with a mistake in the code."""
     store = CheckpointStore(Path(folder), 2, ranks, config_hash="c", plugins={"tiny": "1.0"})
     engine = make_engine(ranks, zero=1)
-    real = state.save_file
+    real = state.save_tensors
     outcomes = []
 
     def full(*args: object, **kwargs: object) -> None:
@@ -252,10 +252,10 @@ def failing_saves(ranks: Ranks, folder: str) -> tuple:
 
     for step, broken in enumerate([False, True, True, False], start=1):
         train(engine, step - 1, step)
-        state.save_file = full if broken and ranks.rank == 1 else real
+        state.save_tensors = full if broken and ranks.rank == 1 else real
         made = store.save(step, engine.save, {"position": step * BATCH})
         outcomes.append(None if made is None else (made.step, dict(made.extra)))
-    state.save_file = real
+    state.save_tensors = real
 
     def mistaken(path: Path) -> None:
         engine.save(path)

@@ -327,7 +327,7 @@ def test_a_full_disk_is_an_os_error(alone, tmp_path, monkeypatch):
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("underpaint.training.state.save_file", full)
+    monkeypatch.setattr("underpaint.training.state.save_tensors", full)
     engine = cases.make_engine(alone)
     with pytest.raises(OSError, match="No space left"):
         engine.save(tmp_path)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import itertools
+import resource
+import signal
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +20,7 @@ from underpaint.config.engine import EngineConfig
 from underpaint.training.checkpoint import CheckpointStore
 from underpaint.training.engine import NotFiniteError, StepResult
 from underpaint.training.log import StageLog, read_rows
-from underpaint.training.loop import LoopResult, train_loop
+from underpaint.training.loop import LoopResult, StageStep, Stopped, train_loop
 from underpaint.training.ranks import Ranks
 from underpaint.training.signals import StopRequest
 from underpaint.training.watchdog import Watchdog
@@ -33,12 +37,20 @@ TERMS = [
 
 
 def run(
-    alone: Ranks, folder: Path, *, end: int | None = None, steps: int = 6, **config: Any
+    alone: Ranks,
+    folder: Path,
+    *,
+    end: int | None = None,
+    steps: int = 6,
+    step_fn: StageStep | None = None,
+    save: Callable[[Path], None] = lambda place: (place / "file").write_text("x") and None,
+    checkpoint_every: int = 100,
+    **config: Any,
 ) -> tuple[LoopResult, list[dict[str, Any]]]:
     rows = []
     terms = iter(TERMS)
 
-    def step_fn(batch: Any, step: int, micro: int) -> tuple[dict[str, Tensor], StepResult]:
+    def logged(batch: Any, step: int, micro: int) -> tuple[dict[str, Tensor], StepResult]:
         scalar, pair = next(terms)
         return {"loss": torch.tensor(scalar), "binned": torch.tensor(pair)}, StepResult(1.0, {"a": 0.1}, False, True)
 
@@ -50,14 +62,14 @@ def run(
         result = train_loop(
             name="one",
             batches=itertools.repeat(None),
-            step_fn=step_fn,
+            step_fn=step_fn or logged,
             start=0,
             steps=steps,
             images_per_step=1,
             flops_per_image=1.0,
             peak=1.0,
-            config=EngineConfig(checkpoint_every=100, **config),
-            save=lambda place: (place / "file").write_text("x") and None,
+            config=EngineConfig(checkpoint_every=checkpoint_every, **config),
+            save=save,
             store=CheckpointStore(folder, 2, alone, config_hash="c", plugins={}),
             log=None,
             ranks=alone,
@@ -132,3 +144,49 @@ def test_the_samples_of_a_skipped_step_are_kept(alone: Ranks, tmp_path: Path, en
     expected = [{"step": 2, "samples": ["c", "C", "d", "D"]}]
     expected += [{"step": 3, "samples": ["e", "E", "f", "F"]}] if ends else []
     assert read_rows(tmp_path / "skipped.jsonl") == expected
+
+
+def test_a_full_disk_delays_the_log_and_ends_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    # What a batch job prints lies on that disk too.
+    monkeypatch.setattr("sys.stderr", Full())
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    log = StageLog(tmp_path, "one", steps=9, start=0)
+    log.row(1, {"loss": 1.0})
+    # The system takes a part of the next line and then nothing, as on a disk that fills.
+    size = (tmp_path / "metrics.jsonl").stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 7, before[1]))
+    try:
+        for step in (2, 3):
+            log.row(step, {"loss": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (tmp_path / "metrics.jsonl").stat().st_size == size + 7
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1]
+    log.row(4, {"loss": 1.0})
+    log.close()
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "underpaint"]
+    assert "metrics.jsonl' cannot be written ([Errno 27] File too large); training goes on" in message
+
+
+def test_what_is_said_to_be_saved_is(alone: Ranks, tmp_path: Path) -> None:
+    def save(place: Path) -> None:
+        if place.parent.name.startswith("step-0000005"):
+            raise OSError(28, "No space left on device")
+        (place / "file").write_text("x")
+
+    def step_fn(batch: Any, step: int, micro: int) -> tuple[dict[str, Tensor], StepResult]:
+        if step == 4:
+            signal.raise_signal(signal.SIGUSR1)
+        return {"loss": torch.tensor(1.0)}, StepResult(1.0, {"a": 0.1}, False, True)
+
+    with pytest.raises(Stopped) as caught:
+        run(alone, tmp_path, step_fn=step_fn, save=save, checkpoint_every=2)
+    assert (caught.value.signal, caught.value.step) == ("SIGUSR1", 4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-0000002", "step-0000004"]

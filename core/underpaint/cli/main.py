@@ -36,6 +36,8 @@ _COMMANDS = {
     "doctor": ("underpaint.cli.doctor:doctor", "Say what works on this machine."),
 }
 
+_INTERRUPTED = "Interrupted. What was committed before is intact; the same command goes on from there."
+
 
 class _LazyGroup(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -101,8 +103,13 @@ def run() -> None:
         _say(str(error))
         code = 2
     except (KeyboardInterrupt, click.Abort):
-        _say("Interrupted. What was committed before is intact; the same command goes on from there.")
+        _say(_INTERRUPTED)
         code = 128 + signal.SIGINT
+    except SystemExit as stop:
+        # Of a second signal, which does not wait for the checkpoint of the first.
+        if isinstance(stop.code, int) and stop.code > 128:
+            _say(_INTERRUPTED)
+        raise
     except BrokenPipeError:
         # The reader of our output has left, as in `underpaint plugins list | head`.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

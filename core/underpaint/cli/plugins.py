@@ -308,7 +308,7 @@ def _print_outcome(outcome: dict[str, Any]) -> None:
     results = outcome["results"]
     if results:
         print_table(
-            [(r["component"], r["check"], r["status"], round(r["seconds"], 2), r["message"]) for r in results],
+            [(r["component"], r["check"], r["status"], round(r["seconds"], 2), _remark(r)) for r in results],
             ("component", "check", "status", "s", "message"),
         )
     if outcome["error"]:
@@ -317,6 +317,10 @@ def _print_outcome(outcome: dict[str, Any]) -> None:
     counts = Counter(result["status"] for result in results)
     told = ", ".join(f"{count} {status}" for status, count in sorted(counts.items())) or "it registers no component"
     click.echo(f"\n{outcome['name']}: {told} (conformance kit {outcome['kit']})")
+
+
+def _remark(result: dict[str, Any]) -> str:
+    return str(result["message"] or (f"ran as {result['ran_as']}" if result["ran_as"] else ""))
 
 
 # ------------------------------------------------------------------------------ new

@@ -79,8 +79,6 @@ def _run(recipe: Recipe, out: Path, until: str | None) -> None:
     try:
         run_recipe(recipe, out, until=until)
     except Stopped as stopped:
-        click.echo(
-            f"Stopped by {stopped.signal}; step {stopped.step} is saved in '{out}'. Run the same command to go on.",
-            err=True,
-        )
+        kept = f"step {stopped.step} is saved in '{out}'" if stopped.step else "no step of this stage is saved"
+        click.echo(f"Stopped by {stopped.signal}; {kept}. Run the same command to go on.", err=True)
         raise click.exceptions.Exit(128 + signal.Signals[stopped.signal].value) from None

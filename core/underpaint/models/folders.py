@@ -14,7 +14,6 @@ import fsspec
 import torch
 import yaml
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from underpaint.config.component import ComponentConfig
@@ -26,6 +25,7 @@ from underpaint.models.denoiser import Denoiser
 from underpaint.models.generator import Generator, SamplingSettings
 from underpaint.models.tokenizer import LatentStatistics, Tokenizer
 from underpaint.registration.manager import manager
+from underpaint.weights import save_tensors
 
 __all__ = [
     "FORMAT",
@@ -141,7 +141,7 @@ class _Replace:
 
 def _write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], card: str) -> None:
     state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(state, folder / "model.safetensors", {"format": "pt"})
     (folder / "README.md").write_text(card, encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     for path in folder.iterdir():

@@ -15,6 +15,10 @@ checks. A component that fails a check by nature declares it, with the reason, w
 a failure, so declarations cannot rot. The check ``"*"`` stands for everything that one machine may lack: with
 it, any check may fail, and may pass.
 
+Names that make equal components, as sizes of one network do that are equally small here, share the checks of the
+component: a check runs for the first of them, and its outcome is reported, and judged by what it declares, for each.
+What is registered is checked for every name.
+
 What the kit needs to know comes from the registration as well: ``examples`` (names that stand for a family),
 ``tiny`` (options that make a component small) and ``context`` (context keywords in place of the kit's own; the
 key ``size`` sets height and width of the kit's images). Where a data set needs files, an option in ``tiny`` says

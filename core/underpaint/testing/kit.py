@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +12,8 @@ from typing import Any, Literal
 
 import attrs
 
-from underpaint.errors import ConfigError, PluginError, suggest
+from underpaint.config.structure import unstructure
+from underpaint.errors import ConfigError, PluginError, UnderpaintError, suggest
 from underpaint.registration.catalogue import CONTEXT
 from underpaint.registration.manager import PluginRecord, manager
 from underpaint.registration.names import KINDS, parse_name
@@ -32,7 +34,7 @@ __all__ = [
     "parametrize",
 ]
 
-KIT_VERSION = "1.1"
+KIT_VERSION = "1.2"
 """Version of the list of checks. A minor version adds checks, a major one changes what a check demands."""
 
 ANY = "*"
@@ -128,6 +130,8 @@ class Check:
         kind: Kind it applies to.
         since: Version of the kit that introduced it.
         description: What it demands, in one line.
+        every_name: Whether it looks at what is registered under a name. The other checks look at the component
+            that is made, and names that make equal ones share its outcome.
         function: Raises AssertionError when the demand is not met, `NotApplicable` when it does not apply.
     """
 
@@ -135,6 +139,7 @@ class Check:
     kind: str
     since: str
     description: str
+    every_name: bool
     function: Callable[[Subject], None]
 
 
@@ -148,6 +153,7 @@ class CheckResult:
         status: ``passed``; ``failed``; ``expected`` for a declared failure; ``skipped`` where it does not apply.
         message: Why it failed or was skipped; empty when it passed.
         seconds: How long it took.
+        ran_as: The name that ran, where it makes an equal component and ran before this one; None where this one ran.
         error: What was raised, for those who want the traceback.
     """
 
@@ -156,6 +162,7 @@ class CheckResult:
     status: Literal["passed", "failed", "expected", "skipped"]
     message: str
     seconds: float
+    ran_as: str | None = None
     error: Exception | None = attrs.field(default=None, repr=False, eq=False)
 
 
@@ -163,7 +170,9 @@ _CHECKS: dict[str, list[Check]] = {kind: [] for kind in KINDS}
 _MODULES = ("common", "modules", *KINDS)
 
 
-def check(*kinds: str, since: str = "1.0") -> Callable[[Callable[[Subject], None]], Callable[[Subject], None]]:
+def check(
+    *kinds: str, since: str = "1.0", every_name: bool = False
+) -> Callable[[Callable[[Subject], None]], Callable[[Subject], None]]:
     """Add a function to the list of checks of some kinds; its name and docstring are the check's."""
 
     def add(function: Callable[[Subject], None]) -> Callable[[Subject], None]:
@@ -175,6 +184,7 @@ def check(*kinds: str, since: str = "1.0") -> Callable[[Callable[[Subject], None
                     kind=kind,
                     since=since,
                     description=function.__doc__.partition("\n")[0].rstrip("."),
+                    every_name=every_name,
                     function=function,
                 )
             )
@@ -196,6 +206,10 @@ def checks(kind: str) -> tuple[Check, ...]:
     return tuple(_CHECKS[kind])
 
 
+Outcomes = dict[tuple[str, str], tuple[str, Exception | None]]
+"""The name that ran and what it raised, by check and `_component`."""
+
+
 @attrs.frozen(kw_only=True)
 class Case:
     """One check of one component; calling it is a test."""
@@ -204,31 +218,25 @@ class Case:
     name: str
     check: Check
     options: Mapping[str, Any] | None = None
+    _outcomes: Outcomes | None = attrs.field(default=None, repr=False, eq=False)
 
     def __str__(self) -> str:
         return f"{self.kind}:{self.name}:{self.check.name}"
 
     def run(self) -> CheckResult:
-        """Run the check and judge its outcome by what the registration declares."""
-        import torch
+        """Run the check and judge its outcome by what the registration declares.
 
+        A case of `cases` takes the outcome of another name that makes an equal component and ran before it.
+        """
         registration = manager().catalogue.resolve(self.kind, self.name).registration
-        declared = registration.expected_failures
-        reason = declared.get(self.check.name)
+        options = {**registration.tiny, **(self.options or {})}
+        reason = registration.expected_failures.get(self.check.name)
         start = time.perf_counter()
-        error: Exception | None = None
-        with tempfile.TemporaryDirectory(prefix="underpaint-check-") as folder, torch.random.fork_rng(devices=[]):
-            subject = Subject(
-                kind=self.kind,
-                name=self.name,
-                options={**registration.tiny, **(self.options or {})},
-                registration=registration,
-                folder=Path(folder),
-            )
-            try:
-                self.check.function(subject)
-            except Exception as raised:
-                error = raised
+        outcomes = {} if self._outcomes is None or self.check.every_name else self._outcomes
+        key = (self.check.name, _component(registration, self.name, options))
+        if key not in outcomes or outcomes[key][0] == self.name:
+            outcomes[key] = self.name, self._try(registration, options)
+        ran, error = outcomes[key]
         status, message = _judge(error, registration, self.check.name, reason)
         return CheckResult(
             component=f"{self.kind}:{self.name}",
@@ -236,8 +244,25 @@ class Case:
             status=status,
             message=" ".join(message.split()),
             seconds=time.perf_counter() - start,
+            ran_as=None if ran == self.name else ran,
             error=error,
         )
+
+    def _try(self, registration: Registration, options: Mapping[str, Any]) -> Exception | None:
+        import torch
+
+        with tempfile.TemporaryDirectory(prefix="underpaint-check-") as folder, torch.random.fork_rng(devices=[]):
+            subject = Subject(
+                kind=self.kind, name=self.name, options=options, registration=registration, folder=Path(folder)
+            )
+            try:
+                self.check.function(subject)
+            except NotApplicable as raised:
+                # Without its traceback, which would keep the component alive as long as the outcome.
+                return raised.with_traceback(None)
+            except Exception as raised:
+                return raised
+        return None
 
     def __call__(self) -> None:
         """Run the check as a pytest test: fail, skip or expect the failure as its result says."""
@@ -250,6 +275,28 @@ class Case:
             pytest.skip(result.message)
         if result.status == "expected":
             pytest.xfail(result.message)
+
+
+def _component(registration: Registration, name: str, options: Mapping[str, Any]) -> str:
+    """Return all that decides what a name makes; names for which it is equal make equal components.
+
+    A class is told its config and its context, the weights, and the model of a family, but not its name.
+    """
+    parsed = parse_name(name)
+    try:
+        config = manager().catalogue.config(registration.kind, name, options)
+    except UnderpaintError:
+        return name
+    told = {
+        "kind": registration.kind,
+        "plugin": registration.plugin,
+        "target": registration.target,
+        "config": None if config is None else unstructure(config),
+        "context": registration.context,
+        "model": parsed.model if registration.is_family else None,
+        "weights": parsed.weights,
+    }
+    return json.dumps(told, sort_keys=True, default=repr)
 
 
 def _judge(
@@ -282,6 +329,10 @@ def _names(registration: Registration) -> Iterator[str]:
 def cases(kind: str | None = None, plugin: str | None = None) -> list[Case]:
     """Return every check of every registered component.
 
+    Names that make equal components, such as sizes of one network whose ``tiny`` options are equal, run a check of
+    the component once between them, and each is judged by what it declares. Checks of what is registered run for
+    every name.
+
     Args:
         kind: Only components of this kind.
         plugin: Only components of this plugin.
@@ -292,8 +343,9 @@ def cases(kind: str | None = None, plugin: str | None = None) -> list[Case]:
     """
     if plugin is not None:
         manager().require(plugin)
+    outcomes: Outcomes = {}
     return [
-        Case(kind=registration.kind, name=name, check=item)
+        Case(kind=registration.kind, name=name, check=item, outcomes=outcomes)
         for registration in manager().catalogue.registrations(kind)
         if plugin in (None, registration.plugin)
         for name in _names(registration)

@@ -15,6 +15,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
+from underpaint.registration.manager import manager
 from underpaint.testing.kit import NotApplicable, Subject, check, expect
 
 __all__ = ["PROBES", "close", "convert", "disturb", "generator", "run", "tensors"]
@@ -189,6 +190,13 @@ def constructs_on_meta(subject: Subject) -> None:
     expect(shapes == real, "its parameters have other names or shapes on the meta device")
     heavy = [name for name, p in light.named_parameters() if p.device.type != "meta"]
     expect(not heavy, f"made on the CPU in spite of the device: {', '.join(heavy[:3])}")
+
+
+@check("decoder", "backbone", since="1.2", every_name=True)
+def makes_full_size(subject: Subject) -> None:
+    """With the options of its name alone, not those that make it tiny, it can be made on the meta device."""
+    with torch.device("meta"):
+        manager().create(subject.kind, subject.name, **subject.context)
 
 
 @check(*NETWORKS)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import logging
 import math
 import os
 import sys
@@ -18,6 +21,8 @@ from underpaint.config.recipe import write_atomically
 from underpaint.interfaces.tracker import Tracker
 
 __all__ = ["StageLog", "format_line", "read_rows"]
+
+_logger = logging.getLogger("underpaint")
 
 _RATES = (
     "lr", "grad_norm", "images_per_second", "mfu", "data_wait", "memory_gib", "seconds", "eta", "skipped",
@@ -37,14 +42,11 @@ class StageLog:
     """
 
     def __init__(self, folder: Path, stage: str, *, steps: int, start: int, trackers: Sequence[Tracker] = ()) -> None:
-        self._path = folder / "metrics.jsonl"
-        self._skipped = folder / "skipped.jsonl"
         self._stage = stage
         self._steps = steps
         self._trackers = list(trackers)
-        _drop_rows_after(self._path, start)
-        _drop_rows_after(self._skipped, start)
-        self._file = self._path.open("a", encoding="utf-8")
+        self._rows = _Rows(folder / "metrics.jsonl", start)
+        self._skipped = _Rows(folder / "skipped.jsonl", start)
         self._bar = (
             tqdm(total=steps, initial=start, desc=stage, unit="step", dynamic_ncols=True, leave=True)
             if sys.stderr.isatty()
@@ -53,8 +55,7 @@ class StageLog:
 
     def row(self, step: int, values: Mapping[str, float]) -> None:
         """Record the numbers of a logging step."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        self._rows.add({"step": step, **values})
         for tracker in self._trackers:
             tracker.scalars(step, {f"{self._stage}/{name}": value for name, value in values.items()})
         line = format_line(step, self._steps, values)
@@ -63,12 +64,11 @@ class StageLog:
             self._bar.set_postfix_str(line.partition("  ")[2], refresh=False)
             self._bar.update(step - self._bar.n)
         else:
-            print(f"{self._stage} {line}", file=sys.stderr, flush=True)
+            _tell(f"{self._stage} {line}")
 
     def skipped(self, step: int, samples: Sequence[str]) -> None:
         """Record the names of the samples of a step that changed nothing."""
-        with self._skipped.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "samples": list(samples)}) + "\n")
+        self._skipped.add({"step": step, "samples": list(samples)})
 
     def image(self, step: int, name: str, image: NDArray[np.uint8]) -> None:
         """Hand a picture to the trackers."""
@@ -77,17 +77,58 @@ class StageLog:
 
     def close(self) -> None:
         """Write out everything."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        self._rows.close()
+        self._skipped.close()
         if self._bar is not None:
             self._bar.close()
 
 
-def _drop_rows_after(path: Path, step: int) -> None:
-    if path.exists():
-        kept = [row for row in read_rows(path) if row["step"] <= step]
-        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+class _Rows:
+    """Appends rows to a file of JSON lines, made with its first row; a full disk delays them and ends no training."""
+
+    def __init__(self, path: Path, start: int) -> None:
+        self._path = path
+        self._file: io.FileIO | None = None
+        self._pending = b""
+        self._fails = False
+        if path.exists():
+            kept = [row for row in read_rows(path) if row["step"] <= start]
+            write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        self._pending += (json.dumps(row) + "\n").encode()
+        self._write()
+
+    def _write(self) -> None:
+        try:
+            if self._file is None:
+                self._file = io.FileIO(self._path, "a")
+            while self._pending:
+                # The system may take a part only; without the rest the line, and all after it, would be lost.
+                self._pending = self._pending[self._file.write(self._pending) :]
+        except OSError as error:
+            if not self._fails:
+                _logger.warning("'%s' cannot be written (%s); training goes on, and its lines wait.", self._path, error)
+            self._fails = True
+        else:
+            self._fails = False
+
+    def close(self) -> None:
+        if self._pending:
+            self._write()
+        if self._file is not None:
+            with self._file, contextlib.suppress(OSError):
+                os.fsync(self._file.fileno())
+
+
+def _tell(line: str) -> None:
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError:
+        # The output of a batch job is a file too, and often on the disk that is full.
+        pass
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

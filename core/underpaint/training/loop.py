@@ -25,11 +25,12 @@ __all__ = ["LoopResult", "StageStep", "Stopped", "train_loop"]
 
 
 class Stopped(Exception):  # noqa: N818 - an outcome, not a failure
-    """Training was asked to stop; a checkpoint is committed.
+    """Training was asked to stop, and tried to save.
 
     Attributes:
         signal: Name of the signal, such as ``"SIGTERM"``.
-        step: Optimizer steps in the checkpoint.
+        step: Optimizer steps in the stage's newest checkpoint, 0 without one: fewer than were done when the disk was
+            full at that moment.
     """
 
     def __init__(self, signal: str, step: int) -> None:
@@ -108,7 +109,7 @@ def train_loop(
         call: Calls a lifecycle hook.
 
     Raises:
-        Stopped: A signal asked for it; the state is saved.
+        Stopped: A signal asked for it; what is saved goes on from there.
     """
     begin = last = time.perf_counter()
     waited = 0.0
@@ -116,7 +117,7 @@ def train_loop(
     jumped: int | None = None
     sums: dict[str, Tensor] = {}
     logged_step = start
-    done = start
+    done = saved = start
     for step in range(start, steps):
         shown: list[Any] = []
         for micro in range(config.accumulation):
@@ -175,13 +176,14 @@ def train_loop(
             watchdog.at(step + 1, "saves")
             checkpoint = store.save(done, save, {"stage": name, "skipped": skipped})
             if checkpoint is not None:
+                saved = done
                 call("on_checkpoint_saved", stage=name, step=done, checkpoint=checkpoint.folder)
             if done == logged_step:
                 last = time.perf_counter()
         if finished:
             break
         if signal:
-            raise Stopped(signal, done)
+            raise Stopped(signal, saved)
     return LoopResult(steps=done, skipped=skipped, seconds=time.perf_counter() - begin)
 
 

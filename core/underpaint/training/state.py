@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from underpaint.errors import DataError
 from underpaint.training.ranks import Ranks
+from underpaint.weights import save_tensors
 
 __all__ = ["StateReader", "write_state"]
 
@@ -71,12 +71,9 @@ def write_state(
     failure: OSError | None = None
     try:
         path = folder / _file(ranks.rank, ranks.world_size)
-        save_file(tensors, path, metadata={"format": _FORMAT, "step": str(step)})
+        save_tensors(tensors, path, {"format": _FORMAT, "step": str(step)})
     except OSError as error:
         failure = error
-    except SafetensorError as error:
-        # The writer of safetensors wraps the system's error, such as a full disk, into its own.
-        failure = OSError(str(error))
     # All ranks leave together: the caller's next collective must not meet a rank that is handling an error.
     if ranks.any_true(failure is not None):
         raise failure or OSError("another rank could not write its share")
