@@ -14,18 +14,16 @@ import itertools
 import json
 import multiprocessing
 import os
-import platform
-import subprocess
 import tempfile
 import time
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+from record import commit, machine
 
 from underpaint.data.latent_writer import LatentCacheWriter
 from underpaint.data.latents import CacheIdentity, LatentCache
@@ -108,22 +106,6 @@ def measured(folder: Path, processes: int, how: tuple[str, str], arguments: argp
     return float(rates[:, 0].sum()), float(rates[:, 1].mean())
 
 
-def machine() -> dict[str, Any]:
-    facts = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
-    names = [line.partition(":")[2].strip() for line in facts.splitlines() if line.startswith("model name")]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return {
-        "processor": names[0] if names else platform.machine(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(memory),
-    }
-
-
-def commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
@@ -146,7 +128,6 @@ def main() -> None:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "machine": machine(),
-        "versions": {"python": platform.python_version(), **{n: version(n) for n in ("torch", "numpy", "underpaint")}},
         "config": config,
         "target_samples_per_second": TARGET,
         "rows": [],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -18,13 +19,21 @@ import torch
 
 from underpaint.training.flops import peak_flops
 
-LIBRARIES = ("torch", "deepspeed", "timm", "underpaint")
+LIBRARIES = ("torch", "numpy", "deepspeed", "timm", "underpaint")
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """Return what ran."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"device": name, "python": platform.python_version(), **{lib: version(lib) for lib in LIBRARIES}}
+def machine(device: torch.device | None = None) -> dict[str, Any]:
+    """Return what ran: processor, GPU, versions."""
+    facts = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
+    names = [line.partition(":")[2].strip() for line in facts.splitlines() if line.startswith("model name")]
+    found: dict[str, Any] = {
+        "processor": names[0] if names else platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+    }
+    if device is not None and device.type == "cuda":
+        found["device"] = torch.cuda.get_device_name(device)
+    return {**found, "python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
 
 
 def commit() -> str:
