@@ -186,6 +186,14 @@ def test_a_weaker_model_computes_as_the_generator_does(weak: Path) -> None:
     assert weaker.precision == "bf16"
 
 
+def test_what_is_rounded_cannot_be_prepared_otherwise() -> None:
+    generator = disturbed(0)
+    generator.prepare()
+    generator.prepare(precision="bf16")
+    with pytest.raises(ConfigError, match="prepared already, in bf16; load it again"):
+        generator.prepare(precision="fp32")
+
+
 def test_fp8_needs_a_device_that_has_it() -> None:
     with pytest.raises(ConfigError, match="no matrix products in 8 bits"):
         disturbed(0).prepare(precision="fp8")

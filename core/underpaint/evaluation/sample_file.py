@@ -109,7 +109,7 @@ def _to_host(images: Tensor) -> Callable[[], NDArray[np.uint8]]:
         return images.contiguous().numpy
     host = torch.empty(images.shape, dtype=images.dtype, pin_memory=True)
     host.copy_(images, non_blocking=True)
-    copied = torch.cuda.Event()
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
     copied.record()
 
     def wait() -> NDArray[np.uint8]:

@@ -103,9 +103,12 @@ class Generator(nn.Module):
             compile: Compile its blocks; the first samples of each batch size then take longer.
 
         Raises:
-            ConfigError: ``fp8`` on a device without it, or without torchao.
+            ConfigError: ``fp8`` on a device without it, or without torchao; or it has been prepared already.
         """
-        assert self.precision == "fp32", "prepared twice"
+        if self.precision != "fp32" or self._compiled:
+            raise ConfigError(
+                f"The generator is prepared already, in {self.precision}; load it again to prepare it otherwise."
+            )
         blocks = self.backbone.blocks() or [self.backbone]
         if precision == "fp8":
             use_fp8(blocks, self._try)
@@ -118,7 +121,8 @@ class Generator(nn.Module):
 
     def _try(self) -> Tensor:
         device = next(self.backbone.parameters()).device
-        condition = null_condition(self.conditioner, 1, device)
+        some = [""] if self.conditioner.accepts == "text" else torch.zeros(1, dtype=torch.long)
+        condition = self.conditioner(some)
         x = torch.zeros(1, self.tokenizer.latent_channels + self.backbone.companion, *self.grid, device=device)
         return network(self.backbone)(x, torch.zeros(1, device=device), condition)
 
