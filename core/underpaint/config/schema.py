@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -42,6 +43,11 @@ _not_negative: Any = v.ge(0)
 _fraction = v.and_(v.ge(0.0), v.le(1.0))
 _optional_positive: Any = v.optional(_positive)
 _decay: Any = v.optional(v.and_(v.ge(0.0), v.lt(1.0)))
+
+
+def _finite(_: Any, attribute: Any, value: float) -> None:
+    if not math.isfinite(value):
+        raise ValueError(f"'{attribute.name}' is {value}; give a finite number.")
 
 
 def _flat(value: Any, path: str, reserved: tuple[str, ...]) -> Any:
@@ -150,7 +156,7 @@ class LossConfig:
     """
 
     name: str
-    weight: float = 1.0
+    weight: float = attrs.field(default=1.0, validator=_finite)
     start: int = attrs.field(default=0, validator=_not_negative)
     end: int | None = None
     adaptive: AdaptiveConfig | None = None
