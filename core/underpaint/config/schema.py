@@ -182,6 +182,7 @@ class DataConfig:
         crop: Where the crop is taken after the short side was resized.
         resize: Pixels that the short side of a training image is resized to before the crop, at least those of `size`;
             None takes the smallest image that covers the crop, as measuring and encoding always do.
+        enlarge: Train although most images are smaller than the crop. A few of them are always enlarged to cover it.
         flip: Flip half of the training images horizontally.
         workers: Loader processes per rank; 0 reads in the training process.
         memory: Decode the training images once and keep them on the training device of every rank: height·width·3
@@ -196,6 +197,7 @@ class DataConfig:
     size: int | tuple[int, int] = 256
     crop: Literal["center", "random"] = "center"
     resize: int | None = None
+    enlarge: bool = False
     flip: bool = False
     workers: int = attrs.field(default=2, validator=_not_negative)
     memory: bool = False
@@ -235,6 +237,8 @@ class TokenizerConfig:
         adapter: Adapter.
         decoder: Decoder.
         latent_channels: d of the latent; None is 32, or that of the tokenizer that is loaded, which it must equal.
+        stride: Pixels of the image that a latent cell covers, per side; an encoder with an option of that name is
+            given images of the size that makes it so. None takes what encoder and adapter give.
         load: Folder or URL of an exported tokenizer to start from, instead of the three.
     """
 
@@ -242,6 +246,7 @@ class TokenizerConfig:
     adapter: ComponentConfig | None = None
     decoder: ComponentConfig | None = None
     latent_channels: int | None = attrs.field(default=None, validator=_optional_positive)
+    stride: int | None = attrs.field(default=None, validator=_optional_positive)
     load: str | None = None
 
     def __attrs_post_init__(self) -> None:
