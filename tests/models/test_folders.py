@@ -168,6 +168,9 @@ def test_weights_that_do_not_belong_are_refused(tmp_path: Path) -> None:
     save_file({n: t for n, t in tensors.items() if n != name}, path)
     with pytest.raises(DataError, match=f"'{name}'.*missing"):
         underpaint.load(tmp_path / "t")
+    save_file({**tensors, "decoder.more": torch.zeros(2)}, path)
+    with pytest.raises(DataError, match=r"1 tensors, the first 'decoder\.more': none wanted, \(2,\) in the file"):
+        underpaint.load(tmp_path / "t")
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(DataError, match="damaged"):
         underpaint.load(tmp_path / "t")

@@ -450,7 +450,8 @@ def test_stages_train_parts_that_exist(name: str) -> None:
     """The last stage trains the blocks above 32 px of 256, or above 8 px of 64."""
     recipe = recipe_from_plain(read_yaml(RECIPES / f"{name}.yaml"))
     assert recipe.tokenizer.decoder is not None
-    stride = {"vfm-vae": 16, "vfm-vae-small": 8}[name]
+    stride = recipe.tokenizer.stride
+    assert stride == {"vfm-vae": 16, "vfm-vae-small": 8}[name]
     with torch.device("meta"):
         decoder = underpaint.create(
             "decoder",

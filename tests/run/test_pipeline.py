@@ -160,7 +160,8 @@ def test_interrupted_training_goes_on_bit_by_bit(
 
 
 def test_non_square_images_go_through(tmp_path: Path) -> None:
-    recipe = tiny_recipe("data.size=[32, 48]", "evaluation.generation=[]", "stages.align.steps=1", "diffusion.steps=1")
+    sizes = ["data.size=[32, 48]", "data.enlarge=true"]
+    recipe = tiny_recipe(*sizes, "evaluation.generation=[]", "stages.align.steps=1", "diffusion.steps=1")
     run_recipe(recipe, tmp_path / "run")
     generator = underpaint.load(tmp_path / "run")
     assert generator.sample(torch.tensor([0]), seeds=[0]).shape == (1, 3, 32, 48)

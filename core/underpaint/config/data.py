@@ -27,6 +27,7 @@ class DataConfig:
         crop: Where the crop is taken after the short side was resized.
         resize: Pixels that the short side of a training image is resized to before the crop, at least those of `size`;
             None takes the smallest image that covers the crop, as measuring and encoding always do.
+        enlarge: Train although most images are smaller than the crop. A few of them are always enlarged to cover it.
         flip: Flip half of the training images horizontally.
         workers: Loader processes per rank; 0 reads in the training process.
         memory: Decode the training images once and keep them on the training device of every rank: height·width·3
@@ -41,6 +42,7 @@ class DataConfig:
     size: int | tuple[int, int] = 256
     crop: Literal["center", "random"] = "center"
     resize: int | None = None
+    enlarge: bool = False
     flip: bool = False
     workers: int = attrs.field(default=2, validator=not_negative)
     memory: bool = False

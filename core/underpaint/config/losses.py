@@ -9,7 +9,7 @@ import attrs
 
 from underpaint.config.component import split_options
 from underpaint.config.engine import OptimizerConfig
-from underpaint.config.ranges import not_negative, positive
+from underpaint.config.ranges import finite, not_negative, positive
 
 __all__ = ["AdaptiveConfig", "CriticConfig", "LossConfig"]
 
@@ -69,7 +69,7 @@ class LossConfig:
     """
 
     name: str
-    weight: float = 1.0
+    weight: float = attrs.field(default=1.0, validator=finite)
     start: int = attrs.field(default=0, validator=not_negative)
     end: int | None = None
     adaptive: AdaptiveConfig | None = None

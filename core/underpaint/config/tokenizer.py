@@ -20,6 +20,8 @@ class TokenizerConfig:
         adapter: Adapter.
         decoder: Decoder.
         latent_channels: d of the latent; None is 32, or that of the tokenizer that is loaded, which it must equal.
+        stride: Pixels of the image that a latent cell covers, per side; an encoder with an option of that name is
+            given images of the size that makes it so. None takes what encoder and adapter give.
         load: Folder or URL of an exported tokenizer to start from, instead of the three.
     """
 
@@ -27,6 +29,7 @@ class TokenizerConfig:
     adapter: ComponentConfig | None = None
     decoder: ComponentConfig | None = None
     latent_channels: int | None = attrs.field(default=None, validator=optional_positive)
+    stride: int | None = attrs.field(default=None, validator=optional_positive)
     load: str | None = None
 
     def __attrs_post_init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import attrs
 import torch
 
 from underpaint.config.component import ComponentConfig
@@ -40,13 +41,14 @@ def build_tokenizer(config: TokenizerConfig, seed: int) -> Tokenizer:
                 f"tokenizer.latent_channels is {config.latent_channels}, and the latents of the tokenizer "
                 f"'{config.load}' have {loaded.latent_channels} channels; leave it out, or load another tokenizer."
             )
+        _check_stride(config, loaded)
         return loaded
     assert config.encoder is not None
     assert config.adapter is not None
     assert config.decoder is not None
     channels = config.latent_channels or _LATENT_CHANNELS
     torch.manual_seed(seed)
-    encoder = _create("encoder", config.encoder)
+    encoder = _create("encoder", _fitted(config.encoder, config.adapter, config.stride))
     assert isinstance(encoder, Encoder)
     adapter = _create("adapter", config.adapter, in_channels=encoder.info.channels, latent_channels=channels)
     assert isinstance(adapter, Adapter)
@@ -57,7 +59,35 @@ def build_tokenizer(config: TokenizerConfig, seed: int) -> Tokenizer:
         stride=encoder.info.stride * adapter.stride,
     )
     assert isinstance(decoder, Decoder)
-    return Tokenizer(encoder, adapter, decoder)
+    tokenizer = Tokenizer(encoder, adapter, decoder)
+    _check_stride(config, tokenizer)
+    return tokenizer
+
+
+def _fitted(encoder: ComponentConfig, adapter: ComponentConfig, stride: int | None) -> ComponentConfig:
+    """Give an encoder the stride that makes the tokenizer's, unless it has one or none can be given."""
+    catalogue = manager().catalogue
+    options = catalogue.config("encoder", encoder.name, encoder.options, "tokenizer.encoder")
+    if stride is None or "stride" in encoder.options or not hasattr(options, "stride"):
+        return encoder
+    merged = getattr(catalogue.config("adapter", adapter.name, adapter.options, "tokenizer.adapter"), "stride", 1)
+    if stride % merged:
+        raise ConfigError(
+            f"tokenizer.stride is {stride}, and the adapter merges {merged}×{merged} cells of the encoder into one; "
+            f"use a multiple of {merged}."
+        )
+    return attrs.evolve(encoder, options={**encoder.options, "stride": stride // merged})
+
+
+def _check_stride(config: TokenizerConfig, tokenizer: Tokenizer) -> None:
+    if config.stride in (None, tokenizer.stride):
+        return
+    encoder, adapter = tokenizer.encoder, tokenizer.adapter
+    raise ConfigError(
+        f"tokenizer.stride is {config.stride}, and a latent cell covers {tokenizer.stride} px: {encoder.info.stride} "
+        f"of the encoder '{encoder.spec.name}', times {adapter.stride} of the adapter '{adapter.spec.name}'; change "
+        "one of them, or leave tokenizer.stride out."
+    )
 
 
 def load_tokenizer(location: str) -> Tokenizer:

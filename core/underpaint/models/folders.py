@@ -354,7 +354,7 @@ def _load_state(module: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
         first = wrong[0]
         raise DataError(
             f"The weights in '{where}' do not fit its components in {len(wrong)} tensors, the first '{first}': "
-            f"{wanted.get(first, 'not wanted')} wanted, {given.get(first, 'missing')} in the file."
+            f"{wanted.get(first, 'none')} wanted, {given.get(first, 'missing')} in the file."
         )
     with torch.no_grad():
         module.load_state_dict(dict(tensors))

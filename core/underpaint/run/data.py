@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 from collections.abc import Iterator, Sequence
@@ -20,16 +21,17 @@ from underpaint.data.order import Blocks, Order, sample_seed
 from underpaint.data.resident import ResidentImages
 from underpaint.data.sources import open_dataset, split
 from underpaint.data.transforms import Crop, to_tensor
-from underpaint.errors import ConfigError
+from underpaint.errors import BrokenImageError, ConfigError, DataError
 from underpaint.interfaces.adapter import Posterior
 from underpaint.interfaces.dataset import Dataset
 from underpaint.models.tokenizer import LatentStatistics, Tokenizer
 from underpaint.training.ranks import Ranks
 
-__all__ = ["RunData", "build_cache", "cache_statistics", "open_run_data"]
+__all__ = ["RunData", "build_cache", "cache_statistics", "check_sizes", "open_run_data"]
 
 _SPREAD_SEED = 7
 _DRAW_SEED = 11
+_LOOKED_AT = 32
 
 
 @attrs.frozen(eq=False, kw_only=True)
@@ -164,6 +166,37 @@ def open_run_data(config: DataConfig) -> RunData:
         train_indices=_limited(np.arange(len(train), dtype=np.int64), config.limit),
         validation=validation,
         validation_indices=_spread(np.arange(len(validation), dtype=np.int64)),
+    )
+
+
+def check_sizes(data: RunData, stride: int) -> None:
+    """Look at some training images, and refuse a crop that most of them are smaller than.
+
+    Args:
+        data: The images.
+        stride: What a side of the crop is a multiple of.
+
+    Raises:
+        DataError: They are, and the recipe does not ask for it.
+    """
+    height, width = data.config.height, data.config.width
+    if data.config.enlarge:
+        return
+    sizes = []
+    count = len(data.train_indices)
+    for place in range(0, count, max(1, count // _LOOKED_AT)):
+        # What is broken is for the loader to say.
+        with contextlib.suppress(BrokenImageError):
+            sizes.append(data.train[int(data.train_indices[place])].image.shape[:2])
+    small = [size for size in sizes if size[0] < height or size[1] < width]
+    if 2 * len(small) <= len(sizes):
+        return
+    typical = sorted(small, key=min)[len(small) // 2]
+    fits = min(typical) // stride * stride
+    raise DataError(
+        f"{len(small)} of {len(sizes)} training images that were looked at are smaller than the crop of "
+        f"{height}×{width} px, and typically {typical[0]}×{typical[1]} px; "
+        f"{f'set data.size to {fits} or less, or' if fits else 'use larger images, or set'} data.enlarge to true."
     )
 
 

@@ -14,7 +14,7 @@ from underpaint.errors import ConfigError
 __all__ = ["RunFolder"]
 
 # What may change between sessions of one run: it alters speed, logs and measurements, not the models.
-_FREE = ("about", "engine", "evaluation", "trackers", "plugins", "data.workers", "data.max_broken")
+_FREE = ("about", "engine", "evaluation", "trackers", "plugins", "data.workers", "data.max_broken", "data.enlarge")
 
 
 @attrs.frozen

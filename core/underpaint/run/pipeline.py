@@ -27,7 +27,7 @@ from underpaint.models.generator import Generator
 from underpaint.models.tokenizer import Tokenizer
 from underpaint.registration.manager import manager
 from underpaint.run import provenance
-from underpaint.run.data import RunData, build_cache, cache_statistics, open_run_data
+from underpaint.run.data import RunData, build_cache, cache_statistics, check_sizes, open_run_data
 from underpaint.run.diffusion_stage import check_diffusion, run_diffusion_stage
 from underpaint.run.folder import RunFolder
 from underpaint.run.notes import write_notes
@@ -117,6 +117,7 @@ def _run(session: Session, until: str | None) -> None:
     timings: dict[str, float] = {}
     tokenizer = build_tokenizer(recipe.tokenizer, recipe.seed)
     tokenizer.grid(data.config.height, data.config.width)
+    check_sizes(data, tokenizer.stride)
     if recipe.diffusion is not None:
         check_diffusion(recipe, tokenizer, data)
     metrics = make_metrics(recipe.evaluation.reconstruction, ranks.device)

@@ -29,6 +29,7 @@ from underpaint.training.lora import merged
 from underpaint.training.stopping import StopRule
 from underpaint.training.terms import WeightedLosses
 from underpaint.training.tokenizer_stage import TokenizerModule, check_teacher, tokenizer_losses, tokenizer_sizes
+from underpaint.weights import tensor_hash
 
 __all__ = ["run_tokenizer_stage"]
 
@@ -85,6 +86,7 @@ def run_tokenizer_stage(session: Session, index: int, tokenizer: Tokenizer) -> L
     if stage.lora is not None:
         # After the count: the sums of the pairs are made once a step, not for every image.
         learner.add_lora(stage.lora)
+    origin = _origin(learner, teacher)
     keep = None if stage.guard is None else learner.add_guard(stage.guard, ranks.average)
 
     apart = learner.decoder.last_layer() if "decoder" in losses.adaptive else None
@@ -135,6 +137,7 @@ def run_tokenizer_stage(session: Session, index: int, tokenizer: Tokenizer) -> L
             keep=keep,
             stop_rule=lambda engine: _stop_rule(session, stage, learner, engine),
             export=export,
+            origin=origin,
         ),
     )
     if stage.stop is not None and result.steps < stage.steps:
@@ -169,6 +172,15 @@ def _teacher(session: Session, stage: StageConfig, student: Tokenizer) -> Tokeni
     teacher = load_tokenizer(location).to(session.ranks.device)
     check_teacher(teacher, student, stage)
     return teacher
+
+
+def _origin(learner: TokenizerModule, teacher: Tokenizer | None) -> dict[str, str]:
+    """Return hashes of the weights that decide the training and are not in its checkpoints."""
+    frozen = {name: param for name, param in learner.named_parameters() if not param.requires_grad}
+    found = {"set of frozen weights": tensor_hash(frozen)} if frozen else {}
+    if teacher is not None:
+        found["teacher"] = teacher.fingerprint()
+    return found
 
 
 def _stop_rule(session: Session, stage: StageConfig, module: TokenizerModule, engine: Engine) -> StopRule | None:

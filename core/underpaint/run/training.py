@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from underpaint.config.component import ComponentConfig
 from underpaint.config.engine import OptimizerConfig
 from underpaint.config.stages import GuardConfig
+from underpaint.errors import DataError
 from underpaint.registration.manager import manager
 from underpaint.run.session import Session
-from underpaint.training.checkpoint import CheckpointStore
+from underpaint.training.checkpoint import Checkpoint, CheckpointStore
 from underpaint.training.compilation import compile_modules
 from underpaint.training.critics import CriticTrainer
 from underpaint.training.engine import Engine
@@ -60,6 +61,8 @@ class StagePlan:
             the step. None keeps all.
         stop_rule: Makes the rule that may end the stage early, given the engine.
         export: Writes the result, from the full state dict on rank 0.
+        origin: Hashes of weights that the stage reads and its checkpoints do not hold, by what they are. A stage does
+            not go on with others.
     """
 
     name: str
@@ -80,10 +83,15 @@ class StagePlan:
     keep: Callable[[int], Tensor] | None = None
     stop_rule: Callable[[Engine], StopRule | None] = lambda engine: None
     export: Callable[[dict[str, Tensor]], None]
+    origin: Mapping[str, str] = attrs.field(factory=dict)
 
 
 def train_stage(session: Session, plan: StagePlan) -> LoopResult:
-    """Train a stage from wherever its newest checkpoint is, and export its result."""
+    """Train a stage from wherever its newest checkpoint is, and export its result.
+
+    Raises:
+        DataError: The checkpoint was trained with other frozen weights than those that are there now.
+    """
     config, ranks = session.recipe.engine, session.ranks
     folder = session.folder.stage(plan.name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -119,6 +127,7 @@ def train_stage(session: Session, plan: StagePlan) -> LoopResult:
     latest = store.latest()
     start = 0
     if latest is not None:
+        _check_origin(latest, plan)
         engine.load(latest.folder)
         for critic in critics:
             critic.load(latest.folder)
@@ -136,7 +145,7 @@ def train_stage(session: Session, plan: StagePlan) -> LoopResult:
     def step_fn(batch: Any, step: int, micro: int) -> tuple[Mapping[str, Tensor], Any]:
         loss, terms, shown = plan.forward(engine, batch, step, micro)
         engine.backward(loss, None if plan.keep is None else plan.keep(step))
-        result = engine.step()
+        result = engine.step(terms)
         named = {"loss": loss, **terms}
         for critic in critics:
             for name, value in critic.step(shown).items():
@@ -170,6 +179,7 @@ def train_stage(session: Session, plan: StagePlan) -> LoopResult:
                 watchdog=watchdog,
                 enough=rule or (lambda step: False),
                 call=plugins.call,
+                origin=plan.origin,
             )
         for critic in critics:
             critic.export(folder / "critics", ranks)
@@ -190,6 +200,17 @@ def train_stage(session: Session, plan: StagePlan) -> LoopResult:
             tracker.close()
     plugins.call("on_stage_end", folder=session.folder.root, stage=plan.name, step=result.steps)
     return result
+
+
+def _check_origin(checkpoint: Checkpoint, plan: StagePlan) -> None:
+    for name, before in checkpoint.extra.get("origin", {}).items():
+        now = plan.origin.get(name)
+        if now is not None and now != before:
+            raise DataError(
+                f"The checkpoint '{checkpoint.folder}' was trained with another {name}, of hash {before[:12]}, than "
+                f"the one that is there now, of hash {now[:12]}; put the earlier files back, or choose another --out "
+                f"to start stage '{plan.name}' anew."
+            )
 
 
 def _trackers(session: Session, folder: Path) -> list[Any]:

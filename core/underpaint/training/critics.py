@@ -113,7 +113,7 @@ class CriticTrainer:
         if self._guard is not None and shown.step >= self._guard.after:
             keep = self._average(loss.detach()).abs() <= self._guard.critic
         self._engine.backward(loss, keep)
-        self.dropped = self._engine.step().dropped
+        self.dropped = self._engine.step(terms).dropped
         return {name: value.detach() for name, value in terms.items()}
 
     def save(self, folder: Path) -> None:

@@ -251,8 +251,11 @@ class Engine:
         factor = rate_factor(self._optimizer_config, self.train_state, self._steps)
         return {group.name: group.rate * factor for group in self._groups}
 
-    def step(self) -> StepResult:
+    def step(self, terms: Mapping[str, Tensor] | None = None) -> StepResult:
         """End a micro-batch; the last one of an optimizer step changes the weights.
+
+        Args:
+            terms: The terms of the loss by name, to say which of them was not finite where a step is skipped.
 
         Returns:
             What happened, the same on every rank.
@@ -284,15 +287,21 @@ class Engine:
         # The device is asked only for the reason of a step that it has not taken.
         dropped = None if kept is None else not applied and not bool(kept.item())
         if not applied:
-            self._count_bad(
-                "A loss was beyond the stage's guard" if dropped else "The loss or its gradient was not finite"
-            )
+            self._count_bad("A loss was beyond the stage's guard" if dropped else self._blamed(terms or {}))
             return StepResult(norm, rates, skipped=True, applied=False, dropped=dropped)
         self._bad = 0
         self.train_state += 1
         if self._ema is not None:
             self._ema.update(ema_decay(*self._ema_decay, self.train_state))
         return StepResult(norm, rates, skipped=False, applied=True, dropped=dropped)
+
+    def _blamed(self, terms: Mapping[str, Tensor]) -> str:
+        """Say which terms were not finite on any rank. Every rank calls it."""
+        mine = [name for name, value in terms.items() if not bool(value.detach().isfinite().all())]
+        found = sorted({name for names in self.ranks.all_gather_object(mine) for name in names})
+        if not found:
+            return "The loss or its gradient was not finite"
+        return f"The loss was not finite in {', '.join(repr(name) for name in found)}"
 
     def _count_bad(self, reason: str) -> None:
         self._bad += 1

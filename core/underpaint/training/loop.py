@@ -83,6 +83,7 @@ def train_loop(
     watchdog: Watchdog,
     enough: Callable[[int], bool],
     call: Callable[..., None],
+    origin: Mapping[str, str] | None = None,
 ) -> LoopResult:
     """Train from step `start` to `steps`.
 
@@ -107,6 +108,7 @@ def train_loop(
         watchdog: Is told how far this rank has come; entered.
         enough: Whether the stage may end after a step, the same answer on every rank.
         call: Calls a lifecycle hook.
+        origin: Hashes that every checkpoint records.
 
     Raises:
         Stopped: A signal asked for it; what is saved goes on from there.
@@ -174,7 +176,7 @@ def train_loop(
             signal = next((s for s in signals if s), None)
         if signal or done % config.checkpoint_every == 0 or finished:
             watchdog.at(step + 1, "saves")
-            checkpoint = store.save(done, save, {"stage": name, "skipped": skipped})
+            checkpoint = store.save(done, save, {"stage": name, "skipped": skipped, "origin": dict(origin or {})})
             if checkpoint is not None:
                 saved = done
                 call("on_checkpoint_saved", stage=name, step=done, checkpoint=checkpoint.folder)
