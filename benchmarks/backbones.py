@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from underpaint.config.engine import EngineConfig, OptimizerConfig
 from underpaint.config.tokenizer import TokenizerConfig
 from underpaint.interfaces.loss import StepSizes
 from underpaint.models.build import build_generator_parts, build_tokenizer
+from underpaint.models.fp8 import use_fp8
 from underpaint.training.compilation import compile_modules
 from underpaint.training.diffusion_stage import DiffusionModule, StepNoise, diffusion_losses
 from underpaint.training.engine import Engine
@@ -238,6 +240,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20, help="in each of three groups")
     parser.add_argument("--warm", type=int, default=8)
     parser.add_argument("--attention", nargs="+", default=[None], metavar="BACKEND[:CHANNELS]")
+    parser.add_argument("--precision", nargs="+", choices=["bf16", "fp8"], default=["bf16"])
     parser.add_argument("--attention-only", action="store_true", help="time attention alone, of the backbone's shape")
     parser.add_argument("--plain", action="store_true", help="also time our module without the engine")
     parser.add_argument("--profile", action="store_true")
@@ -266,6 +269,7 @@ class Bench:
         self.record = Record(ranks.device, arguments.out, settings=settings)
         self.flops = 0.0
         self.peer: dict[str, float] = {}
+        self.precision = "bf16"
 
     def row(self, what: str, variant: str, batch: int, make: Callable[[], Callable[[int], Any]]) -> None:
         """Time `what`, a step or a forward pass, as `make` gives it."""
@@ -297,7 +301,15 @@ class Bench:
             self.flops = count_flops(module, lambda: loss(module, 0))
 
     def ours(self, batch: int) -> tuple[DiffusionModule, Callable[[Any, int], Tensor]]:
+        """Make our module as it is trained, and its loss."""
         module, loss = build(self.shape, batch, self.device)
+        if self.precision == "fp8":
+            x, t = torch.zeros(1, self.shape.channels, *self.shape.grid, device=self.device), torch.zeros(1)
+            label = torch.zeros(1, dtype=torch.long)
+            use_fp8(
+                module.backbone.blocks(),
+                lambda: module.backbone(x, t.to(self.device), module.conditioner(label.to(self.device))),
+            )
         if self.arguments.compile:
             compile_modules(module.backbone.blocks(), differentiated_again=False)
         return module, loss
@@ -339,8 +351,9 @@ class Bench:
             return
         self.count()
         self.peers()
-        for choice in self.arguments.attention:
-            name = "ours" if choice is None else f"ours, attention {choice}"
+        for precision, choice in itertools.product(self.arguments.precision, self.arguments.attention):
+            self.precision = precision
+            name = f"ours, {precision}" + (f", attention {choice}" if choice else "")
             with attention(choice):
                 for batch in self.arguments.batch:
                     self.row("step", name, batch, lambda b=batch: engine_step(*self.ours(b), b, self.ranks))

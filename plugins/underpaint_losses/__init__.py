@@ -32,7 +32,7 @@ def register_losses(register: Any) -> None:
         "underpaint_losses.lpips:Lpips",
         config="underpaint_losses.config:LpipsConfig",
         tiny={"weights": "random"},
-        summary="LPIPS on VGG-16; needs its weights as files",
+        summary="LPIPS on VGG-16, found in torch's hub folder, downloaded, or given as a file",
         source="Zhang et al. 2018",
     )
     register(

@@ -47,13 +47,19 @@ class LpipsConfig:
 
     Attributes:
         weights: File (path or URL; ``.safetensors``, ``.pth``) with torchvision's VGG-16 under its own keys, such as
-            ``features.0.weight``, and with the linear heads under ``lin0.model.1.weight`` … ``lin4.model.1.weight``,
-            if they are not in a file of their own; ``random`` takes random weights, for tests.
-        heads: File with the linear heads alone.
+            ``features.0.weight``; None takes the one in torch's hub folder; ``random`` takes random weights, for tests.
+        heads: File with the linear heads under ``lin0.model.1.weight`` … ``lin4.model.1.weight``; None takes those in
+            the file of `weights`, or else the published ones, which come with torchmetrics.
+        download: Let torchvision fetch its VGG-16 into the hub folder when it is not there.
     """
 
     weights: str | None = None
     heads: str | None = None
+    download: bool = False
+
+    def __attrs_post_init__(self) -> None:
+        if self.weights is not None and self.download:
+            raise ConfigError("lpips has 'weights' beside 'download: true'; keep one of the two.")
 
 
 @attrs.frozen(kw_only=True)

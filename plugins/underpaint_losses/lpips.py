@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import vgg16
+from torchmetrics.functional.image import lpips
+from torchvision.models import VGG16_Weights, vgg16
 
 from underpaint import DataError, Loss, StepTensors, load_weights
 from underpaint_losses.config import LpipsConfig
@@ -21,10 +24,10 @@ _LAYERS = {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}
 _SHIFT = (-0.030, -0.088, -0.188)
 _SCALE = (0.458, 0.448, 0.450)
 
+_NAMES = [f"lin{i}.model.1.weight" for i in range(len(_LAYERS))]
 _HOW = (
-    "set 'weights' to a file with torchvision's VGG-16 (save torchvision.models.vgg16(weights='IMAGENET1K_V1')"
-    ".state_dict() with torch.save) and 'heads' to one with LPIPS's linear heads (vgg.pth inside the packages lpips, "
-    "under weights/v0.1, and torchmetrics, under functional/image/lpips_models); the loss 'features' needs no files"
+    "set 'download: true' to let torchvision fetch it, or 'weights' to the path of that file; the loss 'features' "
+    "needs no files"
 )
 
 
@@ -36,7 +39,7 @@ class Lpips(Loss):
     gradient flows through the reconstruction only.
 
     Raises:
-        DataError: No weights were given, or the files are not what they should be.
+        DataError: There are no weights, or the files are not what they should be.
     """
 
     needs = frozenset({"images", "reconstruction"})
@@ -57,10 +60,8 @@ class Lpips(Loss):
         self.scale: Tensor
         self.register_buffer("shift", torch.tensor(_SHIFT).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor(_SCALE).view(1, 3, 1, 1), persistent=False)
-        if config.weights is None:
-            raise DataError(f"The loss 'lpips' has no weights; {_HOW}.")
         if config.weights != "random":
-            self._load(config.weights, config.heads)
+            self._load(config.weights or str(_hub_file(config.download)), config.heads)
         self.requires_grad_(False)
         self.eval()
 
@@ -68,10 +69,13 @@ class Lpips(Loss):
         state = load_weights(weights)
         trunk = {name: state.get(f"features.{name}") for name in self.trunk.state_dict()}
         _fill(dict(self.trunk.state_dict()), trunk, weights, "features.")
-        linear = state if heads is None else load_weights(heads)
-        names = [f"lin{i}.model.1.weight" for i in range(len(_LAYERS))]
-        found = {name: linear[name].reshape(-1) if name in linear else None for name in names}
-        _fill(dict(zip(names, self.heads, strict=True)), found, heads or weights, "")
+        if heads is None and any(name in state for name in _NAMES):
+            heads, linear = weights, state
+        else:
+            heads = heads or str(Path(inspect.getfile(lpips)).with_name("lpips_models") / "vgg.pth")
+            linear = load_weights(heads)
+        found = {name: linear[name].reshape(-1) if name in linear else None for name in _NAMES}
+        _fill(dict(zip(_NAMES, self.heads, strict=True)), found, heads, "")
 
     def train(self, mode: bool = True) -> Self:
         """Stay in evaluation mode: this is a measure, not a part that learns."""
@@ -100,11 +104,30 @@ class Lpips(Loss):
         return maps
 
 
+def _hub_file(download: bool) -> Path:
+    url = VGG16_Weights.IMAGENET1K_V1.url
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    if path.is_file():
+        return path
+    if not download:
+        raise DataError(f"The loss 'lpips' needs torchvision's VGG-16, which is not at '{path}'; {_HOW}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        # The name ends with the first digits of the hash, which torch checks before the file gets that name.
+        torch.hub.download_url_to_file(url, str(path), path.stem.rpartition("-")[2], progress=False)
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"torchvision's VGG-16 cannot be downloaded to '{path}' ({error}); {_HOW}.") from error
+    return path
+
+
 def _fill(targets: Mapping[str, Tensor], found: Mapping[str, Tensor | None], place: str, prefix: str) -> None:
     for name, target in targets.items():
         tensor = found[name]
         if tensor is None or tensor.shape != target.shape:
             state = "lacks" if tensor is None else "has another shape of"
-            raise DataError(f"The file '{place}' {state} '{prefix}{name}', which LPIPS needs; {_HOW}.")
+            raise DataError(
+                f"The file '{place}' {state} '{prefix}{name}', which LPIPS needs; give torchvision's VGG-16 as "
+                "'weights' and the heads of LPIPS as 'heads'."
+            )
         with torch.no_grad():
             target.copy_(tensor)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -288,9 +289,43 @@ def test_lpips_of_equal_images_is_zero_and_its_parts_stay_frozen() -> None:
     assert sum(p.numel() for p in loss.parameters()) == 14_714_688 + 64 + 128 + 256 + 512 + 512
 
 
-def test_lpips_without_weights_says_what_to_do() -> None:
-    with pytest.raises(DataError, match=r"has no weights; set 'weights'.*'heads'.*the loss 'features'"):
+def test_lpips_finds_vgg_in_the_hub_folder_and_its_heads_in_torchmetrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(DataError, match=r"vgg16-397923af.pth'; set 'download: true'.*'weights'.*the loss 'features'"):
         make("lpips")
+    state = {name: value for name, value in vgg_weights().items() if name not in HEADS}
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(state, tmp_path / "checkpoints" / "vgg16-397923af.pth")
+    loss = make("lpips")
+    assert torch.equal(loss.trunk[28].weight, state["features.28.weight"])
+    file = Path(inspect.getfile(torchmetrics_lpips)).with_name("lpips_models") / "vgg.pth"
+    published = torch.load(file, map_location="cpu")
+    assert torch.equal(loss.heads[2], published[HEADS[2]].flatten())
+
+
+def test_lpips_lets_torch_download_vgg_and_check_its_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+
+    def fetch(url: str, path: str, hash_prefix: str, progress: bool) -> None:
+        assert url.endswith("vgg16-397923af.pth")
+        assert hash_prefix == "397923af"
+        torch.save(vgg_weights(), path)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
+    loss = make("lpips", download=True)
+    assert torch.equal(loss.trunk[0].bias, vgg_weights()["features.0.bias"])
+
+    def offline(*_: object, **__: object) -> None:
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "empty"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(DataError, match=r"cannot be downloaded.*no route to host.*'weights'"):
+        make("lpips", download=True)
+    with pytest.raises(ConfigError, match="'weights' beside 'download: true'"):
+        make("lpips", download=True, weights="random")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ import colorsys
 import json
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +19,6 @@ from torch import Tensor
 import underpaint
 import underpaint_tiny
 from underpaint import StepSizes, StepTensors
-from underpaint.data.loader import ImagePass
-from underpaint.data.order import Order
-from underpaint.data.sources import guess_dataset, open_dataset
-from underpaint.data.transforms import Crop, to_tensor
-from underpaint.evaluation.probe import nearest_neighbours
 from underpaint_tiny import augment
 
 SIZES = StepSizes(image=(32, 32), latent_channels=4, grid=(4, 4), feature_channels=(48,))
@@ -139,25 +136,15 @@ def test_supervised_learns_the_labels() -> None:
 
 
 @pytest.mark.slow
-def test_the_cards_numbers_are_those_of_the_shipped_weights() -> None:
+@pytest.mark.timeout(1800)
+def test_the_cards_numbers_are_those_of_the_shipped_weights(tmp_path: Path) -> None:
     if not DATA.is_dir():
         pytest.skip(f"Tiny ImageNet is not at '{DATA}'; set UNDERPAINT_TEST_DATA")
     card = json.loads((Path(underpaint_tiny.__file__).parent / "weights" / "card.json").read_text())["numbers"]["short"]
-    guessed = guess_dataset(str(DATA))
-    assert guessed.validation is not None
-    found: dict[str, tuple[Tensor, Tensor]] = {}
-    encoder = underpaint.create("encoder", "tiny/vit").eval()
-    for part, config in (("train", guessed.train), ("validation", guessed.validation)):
-        dataset = open_dataset(config)
-        rows = np.sort(Order(len(dataset), 0).indices(np.arange(card[part])))
-        features, labels = [], []
-        for batch in ImagePass(dataset, transform=Crop(64, 64), batch=250, indices=rows, workers=0):
-            with torch.inference_mode():
-                pooled = encoder(to_tensor(batch.images)).pooled
-            assert pooled is not None
-            assert batch.labels is not None
-            features.append(pooled)
-            labels.append(batch.labels)
-        found[part] = torch.cat(features), torch.cat(labels)
-    accuracy = nearest_neighbours(*found["train"], *found["validation"])
-    assert accuracy == pytest.approx(card["tiny/vit"]["knn"], abs=0.005)
+    script = Path(__file__).parents[2] / "benchmarks" / "tiny_encoder.py"
+    counts = ["--train", str(card["train"]), "--validation", str(card["validation"]), "--workers", "1"]
+    command = [sys.executable, str(script), "measure", "tiny/vit", "--data", str(DATA), *counts]
+    subprocess.run([*command, "--out", str(tmp_path / "found.json")], check=True, timeout=3000)
+    found = json.loads((tmp_path / "found.json").read_text())["encoders"]["tiny/vit"]
+    for name in ("knn", "linear", "layout"):
+        assert found[name] == pytest.approx(card["tiny/vit"][name], abs=0.005), name
