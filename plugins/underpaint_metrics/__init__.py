@@ -1,4 +1,4 @@
-"""Built-in metrics: PSNR, SSIM and Fréchet distances."""
+"""Built-in metrics: PSNR, SSIM, LPIPS and Fréchet distances."""
 
 from __future__ import annotations
 
@@ -20,6 +20,14 @@ def register_metrics(register: Any) -> None:
         "underpaint_metrics.paired:SSIM",
         summary="Structural similarity, Gaussian window of 11, on 8-bit levels",
         source="Wang et al. 2004",
+    )
+    register(
+        "lpips",
+        "underpaint_metrics.perceptual:LPIPS",
+        config="underpaint_metrics.config:LpipsMetricConfig",
+        tiny={"weights": "random"},
+        summary="LPIPS on VGG-16, found in torch's hub folder, downloaded, or given as a file",
+        source="Zhang et al. 2018",
     )
     register(
         "frechet",

@@ -9,10 +9,25 @@ import attrs
 
 from underpaint import ConfigError
 
-__all__ = ["INCEPTION_FILE", "FidConfig", "FrechetConfig"]
+__all__ = ["INCEPTION_FILE", "FidConfig", "FrechetConfig", "LpipsMetricConfig"]
 
 INCEPTION_FILE = "inception-2015-12-05.pt"
 """Name of the TorchScript file with the Inception network that FID is defined on."""
+
+
+@attrs.frozen(kw_only=True)
+class LpipsMetricConfig:
+    """Options of ``lpips``: those of the loss of this name.
+
+    Attributes:
+        weights: File with torchvision's VGG-16; None takes the one in torch's hub folder; ``random`` is for tests.
+        heads: File with the linear heads; None takes the published ones.
+        download: Let torchvision fetch its VGG-16 into the hub folder when it is not there.
+    """
+
+    weights: str | None = None
+    heads: str | None = None
+    download: bool = False
 
 
 @attrs.frozen(kw_only=True)

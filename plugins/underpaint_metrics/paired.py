@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from underpaint import DataError, Metric
 from underpaint_metrics.images import LEVELS, to_pair
 
-__all__ = ["PSNR", "SSIM", "psnr", "ssim"]
+__all__ = ["DATA_RANGE", "PSNR", "SSIM", "MeanOverImages", "psnr", "ssim"]
 
 DATA_RANGE = 255.0
 PSNR_CAP = 100.0
@@ -77,7 +77,7 @@ def ssim(images: Tensor, references: Tensor) -> Tensor:
     return similarity.flatten(1).mean(1)
 
 
-class _MeanOverImages(Metric):
+class MeanOverImages(Metric):
     """Averages a value per image over all images of all ranks."""
 
     paired = True
@@ -128,7 +128,7 @@ class _MeanOverImages(Metric):
         return {"metric": self.name, "levels": LEVELS, "data_range": DATA_RANGE, "images": self._images}
 
 
-class PSNR(_MeanOverImages):
+class PSNR(MeanOverImages):
     """Mean over the images of `psnr`, as ``psnr`` in dB."""
 
     name = "psnr"
@@ -142,7 +142,7 @@ class PSNR(_MeanOverImages):
         return {**super().protocol(), "mean": "of each image's value in dB", "cap": PSNR_CAP}
 
 
-class SSIM(_MeanOverImages):
+class SSIM(MeanOverImages):
     """Mean over the images of `ssim`, as ``ssim``."""
 
     name = "ssim"
