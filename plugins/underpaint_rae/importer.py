@@ -50,7 +50,7 @@ class RaeImporter(Importer):
             DataError: The file is not of RAE's layout, or does not fit the encoder.
             ConfigError: The file does not tell the number of heads, and the option `heads` does not either.
         """
-        tensors = decoder_tensors(load_weights(source, nested=("ema", "model")))
+        tensors = decoder_tensors(load_weights(source, nested=("ema", "model", "state_dict")))
         sizes = measure(tensors, source)
         check_positions(tensors, sizes, source)
         name, heads = self._named(sizes)

@@ -9,14 +9,15 @@ from typing import Any
 import attrs
 import pytest
 import torch
-from tests.models.test_folders import make_generator
+from tests.models.test_folders import make_generator, make_tokenizer
 from torch import Tensor
 
-from underpaint import ConfigError, Metric
+from underpaint import ConfigError, DataError, Metric
 from underpaint.config.component import ComponentConfig
 from underpaint.config.diffusion import GuidanceConfig
 from underpaint.config.evaluation import EvaluationConfig
-from underpaint.evaluation.measure import measure_generation
+from underpaint.data.loader import Batch
+from underpaint.evaluation.measure import measure_generation, measure_reconstruction
 from underpaint.evaluation.protocol import Number
 from underpaint.models.generator import Generator
 
@@ -119,3 +120,13 @@ def test_random_labels_follow_their_seed() -> None:
     counted = Counter(labels(1).tolist())
     assert set(counted) == {0, 1, 2}
     assert len(set(counted.values())) > 1
+
+
+def test_reconstructions_that_are_not_finite_are_no_number() -> None:
+    tokenizer = make_tokenizer()
+    with torch.no_grad():
+        next(tokenizer.decoder.parameters()).fill_(float("nan"))
+    black = torch.zeros(2, 32, 48, 3, dtype=torch.uint8)
+    images = [Batch(images=black, labels=None, texts=None, keys=("a", "b"), indices=torch.arange(2))]
+    with pytest.raises(DataError, match="reconstructions are not finite"):
+        measure_reconstruction(tokenizer, images, [], facts={}, show=1)

@@ -98,6 +98,9 @@ def measure_reconstruction(
 
     Returns:
         The numbers over all ranks, and this rank's first pictures.
+
+    Raises:
+        DataError: A reconstruction is not finite.
     """
     device = next(tokenizer.parameters()).device
     originals: list[NDArray[np.uint8]] = []
@@ -107,7 +110,13 @@ def measure_reconstruction(
     for batch in images:
         reference = to_tensor(batch.images.to(device))
         z = tokenizer.encode(reference)
-        pixels = to_uint8(tokenizer.decode(z))
+        made = tokenizer.decode(z)
+        if not bool(made.isfinite().all()):
+            raise DataError(
+                "The reconstructions are not finite; look for weights that are not finite, or for a diverged stage in "
+                "the training log."
+            )
+        pixels = to_uint8(made)
         image = to_tensor(pixels)
         for metric in metrics:
             metric.update(image, reference if metric.needs_references else None)
