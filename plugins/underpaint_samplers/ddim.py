@@ -7,13 +7,11 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from underpaint import Sampler, VelocityField
+from underpaint import FreshNoise, Sampler, VelocityField
 from underpaint_samplers.config import DDIMConfig
 from underpaint_samplers.grid import protocol, shift_factor, shift_time, times
-from underpaint_samplers.streams import Streams
 
 __all__ = ["DDIM"]
 
@@ -38,19 +36,18 @@ class DDIM(Sampler):
         alpha, steps = shift_factor(self._config, noise), self._config.steps
         return [1.0, *(shift_time(_fraction(1.0 - i / steps), alpha) for i in range(1, steps + 1))]
 
-    def sample(self, field: VelocityField, noise: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, field: VelocityField, noise: Tensor, fresh: FreshNoise) -> Tensor:
         """Carry B×d×h×w noise to latents of the same type."""
         eta = self._config.eta
-        streams = Streams(generator, noise) if eta > 0.0 else None
         x = noise
         for now, following in pairwise(self.grid(noise)):
             velocity = field(x, times(now, x)).to(x.dtype)
             data, implied = x - now * velocity, x + (1.0 - now) * velocity
             # Of the noise at the next point, DDIM draws this share of the variance anew.
-            fresh = eta**2 * _posterior(now, following)
-            x = (1.0 - following) * data + following * math.sqrt(1.0 - fresh) * implied
-            if streams is not None and following > 0.0:
-                x = x + following * math.sqrt(fresh) * streams.normal(x)
+            share = eta**2 * _posterior(now, following)
+            x = (1.0 - following) * data + following * math.sqrt(1.0 - share) * implied
+            if eta > 0.0 and following > 0.0:
+                x = x + following * math.sqrt(share) * fresh()
         return x
 
     def protocol(self) -> Mapping[str, Any]:

@@ -36,6 +36,7 @@ PUBLIC = [
     "Encoder",
     "EncoderInfo",
     "Features",
+    "FreshNoise",
     "Importer",
     "LatentStatistics",
     "Loss",

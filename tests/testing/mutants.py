@@ -112,6 +112,7 @@ MUTANTS = {
         "StopsEarly": {"constant_flow_is_exact", "protocol_counts_evaluations"},
         "FromZero": {"time_runs_down"},
         "GlobalNoise": {"repeats_with_seed", "samples_are_independent", "constant_flow_is_exact"},
+        "SharesNoise": {"samples_are_independent", "constant_flow_is_exact"},
         "SharesMean": {"samples_are_independent", "linear_flow_converges"},
         "OverwritesNoise": {"keeps_noise_and_type"},
         "SinglePrecision": {"keeps_noise_and_type"},
