@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from underpaint.interfaces.importer import Importer
     from underpaint.interfaces.loss import AdversarialLoss, Loss, StepSizes, StepTensors
     from underpaint.interfaces.metric import Metric
-    from underpaint.interfaces.sampler import FreshNoise, Sampler, VelocityField
+    from underpaint.interfaces.sampler import FreshNoise, Sampler, VarianceField, VelocityField
     from underpaint.interfaces.tracker import Tracker
     from underpaint.models.denoiser import Denoiser
     from underpaint.models.tokenizer import LatentStatistics, Tokenizer
@@ -76,6 +76,7 @@ _HOME = {
     "Tokenizer": "models.tokenizer",
     "Tracker": "interfaces.tracker",
     "UnderpaintError": "errors",
+    "VarianceField": "interfaces.sampler",
     "VelocityField": "interfaces.sampler",
     "create": "api",
     "decode_image": "data.images",
@@ -126,6 +127,7 @@ __all__ = [
     "Tokenizer",
     "Tracker",
     "UnderpaintError",
+    "VarianceField",
     "VelocityField",
     "create",
     "decode_image",

@@ -55,6 +55,7 @@ PUBLIC = [
     "Tokenizer",
     "Tracker",
     "UnderpaintError",
+    "VarianceField",
     "VelocityField",
     "create",
     "decode_image",

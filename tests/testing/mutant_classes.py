@@ -99,6 +99,12 @@ class WrongVelocity(Backbone):
         return Prediction(result.velocity[..., :side, :side], result.hidden)
 
 
+class PromisesVariance(Backbone):
+    """Says that it gives a variance, and gives none."""
+
+    variance = True
+
+
 class AlwaysHidden(Backbone):
     """Returns all hidden states, asked or not."""
 

@@ -46,6 +46,7 @@ MUTANTS = {
     },
     "backbone": {
         "WrongVelocity": {"velocity_as_declared"},
+        "PromisesVariance": {"velocity_as_declared"},
         "AlwaysHidden": {"velocity_as_declared", "hidden_as_asked"},
         "WrongHidden": {"hidden_as_asked"},
         "Timeless": {"time_and_condition_matter", "gradients_reach_all"},

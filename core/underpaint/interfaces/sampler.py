@@ -6,14 +6,31 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import attrs
 from torch import Tensor
 
 from underpaint.interfaces.component import Component
 
-__all__ = ["FreshNoise", "Sampler", "VelocityField"]
+__all__ = ["FreshNoise", "Sampler", "VarianceField", "VelocityField"]
 
 VelocityField = Callable[[Tensor, Tensor], Tensor]
 """(x_t of B×d×h×w, t of B) to the velocity ε − x0 of B×d×h×w; guidance is already inside it."""
+
+
+@attrs.frozen
+class VarianceField:
+    """The velocity field of a backbone that has learned the variance of DDPM's steps as well.
+
+    Attributes:
+        both: (x_t, t) to the velocity and `Prediction.variance`, each B×d×h×w.
+    """
+
+    both: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """Return the velocity alone."""
+        return self.both(x_t, t)[0]
+
 
 FreshNoise = Callable[[], Tensor]
 """Standard normal values of shape, type and device of the initial noise, new at each call.

@@ -201,19 +201,19 @@ class Generator(nn.Module):
         check_guidance(guidance, self.tokenizer.latent_channels)
         velocity = self._velocity()
         condition = self.conditioner(inputs)
-        companion = companion_maps(self.backbone.companion, grid)
+        companion, variance = companion_maps(self.backbone.companion, grid), self.backbone.variance
         if guidance.scale == 1.0:
-            return guided_field(velocity, condition, guidance)
+            return guided_field(velocity, condition, guidance, variance=variance)
         if guidance.weak is None:
             null = null_condition(self.conditioner, len(inputs), device)
-            return guided_field(velocity, condition, guidance, null=null, companion=companion)
+            return guided_field(velocity, condition, guidance, null=null, companion=companion, variance=variance)
         weaker = self._weaker(guidance.weak)
         weaker.backbone.to(device)
         weaker.conditioner.to(device)
         if weaker.precision != self.precision:
             weaker.prepare(precision=self.precision, compile=self._compiled)
         weak = weaker._field(inputs, GuidanceConfig(), device, grid)
-        return guided_field(velocity, condition, guidance, weak=weak, companion=companion)
+        return guided_field(velocity, condition, guidance, weak=weak, companion=companion, variance=variance)
 
     def _velocity(self) -> Velocity:
         velocity = linear_velocity(self.backbone, self.path, self.predicts)
