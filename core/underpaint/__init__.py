@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from underpaint.interfaces.importer import Importer
     from underpaint.interfaces.loss import AdversarialLoss, Loss, StepSizes, StepTensors
     from underpaint.interfaces.metric import Metric
-    from underpaint.interfaces.sampler import Sampler, VelocityField
+    from underpaint.interfaces.sampler import FreshNoise, Sampler, VarianceField, VelocityField
     from underpaint.interfaces.tracker import Tracker
     from underpaint.models.denoiser import Denoiser
     from underpaint.models.tokenizer import LatentStatistics, Tokenizer
@@ -57,6 +57,7 @@ _HOME = {
     "Encoder": "interfaces.encoder",
     "EncoderInfo": "interfaces.encoder",
     "Features": "interfaces.encoder",
+    "FreshNoise": "interfaces.sampler",
     "Importer": "interfaces.importer",
     "LatentStatistics": "models.tokenizer",
     "Loss": "interfaces.loss",
@@ -75,6 +76,7 @@ _HOME = {
     "Tokenizer": "models.tokenizer",
     "Tracker": "interfaces.tracker",
     "UnderpaintError": "errors",
+    "VarianceField": "interfaces.sampler",
     "VelocityField": "interfaces.sampler",
     "create": "api",
     "decode_image": "data.images",
@@ -106,6 +108,7 @@ __all__ = [
     "Encoder",
     "EncoderInfo",
     "Features",
+    "FreshNoise",
     "Importer",
     "LatentStatistics",
     "Loss",
@@ -124,6 +127,7 @@ __all__ = [
     "Tokenizer",
     "Tracker",
     "UnderpaintError",
+    "VarianceField",
     "VelocityField",
     "create",
     "decode_image",

@@ -33,13 +33,15 @@ class DiT(Backbone):
 
     Trained here, from scratch or further, it learns by the loss of the converted output: the velocity's squared error
     is DiT's squared error of the noise, weighted by 1/(1 − t)². The variance then receives no gradient, and stays as
-    it is; samplers of the velocity do not read it.
+    it is. It is handed on as `Prediction.variance`, for ``ddpm`` with ``variance: learned``.
 
     The network is that of ``sit/*``, which SiT took over from DiT; the labels are the conditioner's.
 
     Raises:
         ConfigError: The patch does not divide the grid, or the condition has tokens only.
     """
+
+    variance = True
 
     def __init__(
         self, config: DiTConfig, *, latent_channels: int, grid: tuple[int, int], pooled_dim: int, token_dim: int
@@ -59,7 +61,7 @@ class DiT(Backbone):
         )
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition, layers: Collection[int] = ()) -> Prediction:
-        """Predict the velocity, in the type of `x_t`; see the class for the conversion.
+        """Predict velocity and variance, in the type of `x_t`; see the class for the conversion.
 
         Raises:
             DataError: The latent, the condition or a layer does not fit the network.
@@ -73,27 +75,10 @@ class DiT(Backbone):
         unit = x_t.to(precise) / _column(_deviation(t), precise)
         x = unit * _column(_deviation(clamped), precise)
         prediction = self.network(unit.to(x_t.dtype), step, condition, layers)
-        noise = prediction.velocity.chunk(2, dim=1)[0].to(precise)
-        velocity = (noise - x) / _column(1.0 - clamped, precise)
-        return Prediction(velocity.to(x_t.dtype), prediction.hidden)
-
-    def noise_and_variance(self, x: Tensor, step: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
-        """Predict in DiT's own terms, for a DDPM sampler.
-
-        Such a sampler takes ᾱ from `underpaint_dit.schedule.alphas_cumprod`, the mean of the next x from the noise
-        (Ho et al. 2020, eq. 11), and its variance from log σ² = f·log β_i + (1 − f)·log β̃_i
-        (Nichol & Dhariwal 2021, eq. 15).
-
-        Args:
-            x: B×d×h×w latents at unit variance, √ᾱ·x0 + √(1 − ᾱ)·ε.
-            step: B timesteps, 0 to 999.
-            condition: Condition of each sample.
-
-        Returns:
-            The noise ε and the fraction f, 0 for the smallest variance β̃ and 1 for the largest β, each B×d×h×w.
-        """
-        noise, variance = self.network(x, step, condition).velocity.chunk(2, dim=1)
-        return noise, 0.5 * (variance + 1.0)
+        noise, variance = prediction.velocity.chunk(2, dim=1)
+        velocity = (noise.to(precise) - x) / _column(1.0 - clamped, precise)
+        # From −1 at the lower bound to 1 at the upper one.
+        return Prediction(velocity.to(x_t.dtype), prediction.hidden, variance=0.5 * (variance + 1.0))
 
     def blocks(self) -> list[nn.Module]:
         """Return the transformer blocks."""

@@ -55,7 +55,7 @@ def register_samplers(register: Any) -> None:
         "underpaint_samplers.ddim:DDIM",
         config="underpaint_samplers.config:DDIMConfig",
         tiny={"steps": 8},
-        summary="DDIM over the variance-preserving path of the same flow, any number of steps",
+        summary="DDIM over the variance-preserving path of the same flow, any number of steps or of DDPM's timesteps",
     )
     register(
         "ddpm",
@@ -63,6 +63,6 @@ def register_samplers(register: Any) -> None:
         config="underpaint_samplers.config:DDIMConfig",
         options={"eta": 1.0},
         tiny={"steps": 8},
-        summary="Ancestral sampling of DDPM over the variance-preserving path of the same flow, any number of steps",
+        summary="Ancestral sampling of DDPM over the same path and steps, also with the variance that DiT learned",
         expected_failures=_RANDOM,
     )

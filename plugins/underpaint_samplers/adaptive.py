@@ -9,7 +9,7 @@ import torch
 import torchdiffeq
 from torch import Tensor
 
-from underpaint import DataError, Sampler, VelocityField
+from underpaint import DataError, FreshNoise, Sampler, VelocityField
 from underpaint_samplers.config import AdaptiveConfig
 from underpaint_samplers.grid import times
 
@@ -29,8 +29,8 @@ class Adaptive(Sampler):
     def __init__(self, config: AdaptiveConfig) -> None:
         self._config = config
 
-    def sample(self, field: VelocityField, noise: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Carry B×d×h×w noise to latents of the same type; `generator` is not used.
+    def sample(self, field: VelocityField, noise: Tensor, fresh: FreshNoise) -> Tensor:
+        """Carry B×d×h×w noise to latents of the same type; `fresh` is not used.
 
         Raises:
             DataError: The tolerance cannot be kept: the velocity is not finite, or too rough for `max_steps`.

@@ -8,6 +8,8 @@ from typing import Any, Literal
 import attrs
 from attrs import validators as v
 
+from underpaint import ConfigError
+
 __all__ = ["AdaptiveConfig", "DDIMConfig", "EulerMaruyamaConfig", "GridConfig", "ShiftRule", "StepsConfig"]
 
 ShiftRule = Literal["latent", "tokens", "flux"]
@@ -79,10 +81,30 @@ class DDIMConfig(GridConfig):
         steps: Steps; the grid has one point more.
         shift: As for ``euler``.
         patch: As for ``euler``.
-        eta: η of the noise added at each step: 0 is deterministic, 1 is the posterior variance of DDPM.
+        eta: η of the noise added at each step: 0 is deterministic, 1 is DDPM.
+        schedule: ``continuous`` times, or ``discrete`` ones: as many of DDPM's 1000 timesteps, evenly spaced, as there
+            are steps (2 to 1000; not shifted).
+        variance: Variance of DDPM's steps (η = 1): that of the ``posterior``, or the ``learned`` one, which backbones
+            of ``dit/*`` have from published weights; training here leaves it as it was.
+
+    Raises:
+        ConfigError: The options contradict each other.
     """
 
     eta: float = attrs.field(default=0.0, validator=v.and_(v.ge(0.0), v.le(1.0)))
+    schedule: Literal["continuous", "discrete"] = "continuous"
+    variance: Literal["posterior", "learned"] = "posterior"
+
+    def __attrs_post_init__(self) -> None:
+        if self.schedule == "discrete" and (not 2 <= self.steps <= 1000 or self.shift != 1.0):
+            raise ConfigError(
+                f"The discrete schedule has 1000 timesteps and is not shifted, and steps is {self.steps}, shift "
+                f"{self.shift}; set steps to 2 up to 1000 and shift to 1."
+            )
+        if self.variance == "learned" and self.eta != 1.0:
+            raise ConfigError(
+                f"variance is 'learned', which is for steps of DDPM, and eta is {self.eta:g}; set it to 1."
+            )
 
 
 @attrs.frozen(kw_only=True)

@@ -10,15 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from underpaint import Sampler, VelocityField
+from underpaint import ConfigError, FreshNoise, Sampler, VarianceField, VelocityField
 from underpaint_samplers.config import DDIMConfig
 from underpaint_samplers.grid import protocol, shift_factor, shift_time, times
-from underpaint_samplers.streams import Streams
+from underpaint_samplers.schedule import continuous, respaced
 
 __all__ = ["DDIM"]
-
-# β of the continuous-time DDPM (Song et al. 2021, appendix C).
-_BETA = (0.1, 20.0)
 
 
 class DDIM(Sampler):
@@ -26,49 +23,80 @@ class DDIM(Sampler):
 
     It works on the variance-preserving path: the flow's state at noise fraction t, divided by r = √((1−t)² + t²), is
     a DDPM's state with signal α = (1−t)/r and noise σ = t/r, and the velocity gives data x − t·v and noise
-    x + (1−t)·v. Grid points lie where uniform times of DDPM's linear schedule have their signal-to-noise ratio, then
-    are shifted; the first is at t = 1. With η = 0 these are Euler's steps on that grid.
+    x + (1−t)·v. Grid points lie where times of DDPM's linear schedule have their signal-to-noise ratio, then are
+    shifted; the last is at t = 0.
+
+    - ``continuous``: uniform times, the first moved to t = 1. With η = 0 these are Euler's steps on that grid.
+    - ``discrete``: the published timesteps. The first is 999, at t = 0.9937: the noise is taken as the state there.
+
+    With the learned variance the mean of a step is DDPM's, and log σ² = f·log β + (1 − f)·log β̃ with the backbone's
+    fraction f (Nichol & Dhariwal 2021, eq. 15). DiT is sampled so: ``ddpm`` with ``steps: 250``,
+    ``schedule: discrete``, ``variance: learned``.
     """
 
     def __init__(self, config: DDIMConfig) -> None:
         self._config = config
 
     def grid(self, noise: Tensor) -> list[float]:
-        """Return the ``steps + 1`` noise fractions, from 1 to 0, after the shift."""
-        alpha, steps = shift_factor(self._config, noise), self._config.steps
-        return [1.0, *(shift_time(_fraction(1.0 - i / steps), alpha) for i in range(1, steps + 1))]
+        """Return the ``steps + 1`` noise fractions down to 0, after the shift."""
+        config = self._config
+        if config.schedule == "discrete":
+            return [*respaced(config.steps), 0.0]
+        alpha, steps = shift_factor(config, noise), config.steps
+        return [1.0, *(shift_time(continuous(1.0 - i / steps), alpha) for i in range(1, steps + 1))]
 
-    def sample(self, field: VelocityField, noise: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Carry B×d×h×w noise to latents of the same type."""
-        eta = self._config.eta
-        streams = Streams(generator, noise) if eta > 0.0 else None
-        x = noise
-        for now, following in pairwise(self.grid(noise)):
-            velocity = field(x, times(now, x)).to(x.dtype)
+    def sample(self, field: VelocityField, noise: Tensor, fresh: FreshNoise) -> Tensor:
+        """Carry B×d×h×w noise to latents of the same type.
+
+        Raises:
+            ConfigError: The variance is to be the learned one, and the backbone has learned none.
+        """
+        eta, learned = self._config.eta, self._config.variance == "learned"
+        if learned and not isinstance(field, VarianceField):
+            raise ConfigError(
+                "The sampler's variance is 'learned', and the backbone gives none (those of DiT do); set variance to "
+                "'posterior'."
+            )
+        grid = self.grid(noise)
+        x = noise * _length(grid[0])
+        for now, following in pairwise(grid):
+            at = times(now, x)
+            velocity, fraction = field.both(x, at) if isinstance(field, VarianceField) else (field(x, at), None)
+            velocity = velocity.to(x.dtype)
             data, implied = x - now * velocity, x + (1.0 - now) * velocity
+            beta, posterior = _variances(now, following)
             # Of the noise at the next point, DDIM draws this share of the variance anew.
-            fresh = eta**2 * _posterior(now, following)
-            x = (1.0 - following) * data + following * math.sqrt(1.0 - fresh) * implied
-            if streams is not None and following > 0.0:
-                x = x + following * math.sqrt(fresh) * streams.normal(x)
+            share = min(1.0, eta**2 * posterior * (_length(following) / following) ** 2) if following > 0.0 else 0.0
+            x = (1.0 - following) * data + following * math.sqrt(1.0 - share) * implied
+            if eta == 0.0 or following == 0.0:
+                continue
+            if learned:
+                assert fraction is not None
+                low, high = math.log(posterior), math.log(beta)
+                x = x + _length(following) * torch.exp(0.5 * (low + (high - low) * fraction.to(x.dtype))) * fresh()
+            else:
+                x = x + following * math.sqrt(share) * fresh()
         return x
 
     def protocol(self) -> Mapping[str, Any]:
-        """Return solver, evaluations, grid points, shift and η."""
-        return {**protocol("ddim", self._config, evaluations=self._config.steps), "eta": self._config.eta}
+        """Return solver, evaluations, grid points, shift, η, and schedule and variance where they are not DDIM's."""
+        config = self._config
+        facts = {**protocol("ddim", config, evaluations=config.steps), "eta": config.eta}
+        if config.schedule != "continuous":
+            facts["schedule"] = config.schedule
+        if config.variance != "posterior":
+            facts["variance"] = config.variance
+        return facts
 
 
-def _fraction(time: float) -> float:
-    """Return the noise fraction t of the flow with the signal-to-noise ratio of DDPM at a time in [0, 1]."""
-    low, high = _BETA
-    log_alpha = -0.25 * time**2 * (high - low) - 0.5 * time * low
-    alpha, sigma = math.exp(log_alpha), math.sqrt(-math.expm1(2.0 * log_alpha))
-    return sigma / (alpha + sigma)
+def _length(t: float) -> float:
+    """Return r, by which the flow's state is longer than that of the variance-preserving path."""
+    return math.hypot(1.0 - t, t)
 
 
-def _posterior(now: float, following: float) -> float:
-    """Return σ_η²/σ² at the next point for η = 1: (1 − α_now²/α_next²)/σ_now² on the variance-preserving path."""
-    ratio = (1.0 - now) / (1.0 - following) if following < 1.0 else 1.0
-    # α²/α'² and σ² with the lengths r of both points, r² = (1−t)² + t².
-    now2, next2 = (1.0 - now) ** 2 + now**2, (1.0 - following) ** 2 + following**2
-    return min(1.0, max(0.0, 1.0 - ratio**2 * next2 / now2) * now2 / now**2)
+def _variances(now: float, following: float) -> tuple[float, float]:
+    """Return β and β̃ of a step: 1 − ᾱ/ᾱ', and (1 − ᾱ')/(1 − ᾱ)·β (Nichol & Dhariwal 2021, eq. 19)."""
+    noisy, next_noisy = ((t / _length(t)) ** 2 for t in (now, following))
+    # ᾱ = 1 − noisy; and (ᾱ' − ᾱ)/ᾱ' is no small difference from 1.
+    beta = (noisy - next_noisy) / ((1.0 - following) / _length(following)) ** 2
+    return beta, next_noisy / noisy * beta

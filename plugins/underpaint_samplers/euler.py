@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from underpaint import Sampler, VelocityField
+from underpaint import FreshNoise, Sampler, VelocityField
 from underpaint_samplers.config import StepsConfig
 from underpaint_samplers.grid import protocol, times, uniform_grid
 
@@ -26,8 +25,8 @@ class Euler(Sampler):
     def __init__(self, config: StepsConfig) -> None:
         self._config = config
 
-    def sample(self, field: VelocityField, noise: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Carry B×d×h×w noise to latents of the same type; `generator` is not used."""
+    def sample(self, field: VelocityField, noise: Tensor, fresh: FreshNoise) -> Tensor:
+        """Carry B×d×h×w noise to latents of the same type; `fresh` is not used."""
         x = noise
         for now, following in pairwise(uniform_grid(self._config, noise)):
             x = x + (following - now) * field(x, times(now, x)).to(x.dtype)

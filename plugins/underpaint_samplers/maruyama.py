@@ -7,13 +7,11 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from underpaint import Sampler, VelocityField
+from underpaint import FreshNoise, Sampler, VelocityField
 from underpaint_samplers.config import EulerMaruyamaConfig
 from underpaint_samplers.grid import protocol, shift_factor, shift_time, times
-from underpaint_samplers.streams import Streams
 
 __all__ = ["EulerMaruyama"]
 
@@ -38,10 +36,9 @@ class EulerMaruyama(Sampler):
         points = self._config.steps - 1
         return [*(shift_time(1.0 - (1.0 - start) * i / points, alpha) for i in range(points + 1)), 0.0]
 
-    def sample(self, field: VelocityField, noise: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, field: VelocityField, noise: Tensor, fresh: FreshNoise) -> Tensor:
         """Carry B×d×h×w noise to latents of the same type."""
         config = self._config
-        streams = Streams(generator, noise)
         x = noise.double() if config.float64 else noise
         for now, following in pairwise(self.grid(noise)):
             velocity = field(x.to(noise.dtype), times(now, x)).to(x.dtype)
@@ -49,7 +46,7 @@ class EulerMaruyama(Sampler):
             width = following - now
             x = x + width * (velocity + config.noise * implied)
             if following > 0.0 and config.noise > 0.0:
-                x = x + math.sqrt(config.noise * 2.0 * now * -width) * streams.normal(x)
+                x = x + math.sqrt(config.noise * 2.0 * now * -width) * fresh().to(x.dtype)
         return x.to(noise.dtype)
 
     def protocol(self) -> Mapping[str, Any]:

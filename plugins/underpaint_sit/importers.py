@@ -237,7 +237,8 @@ class SiTImporter(Importer):
 class DiTImporter(SiTImporter):
     """DiT's files to ``dit/*`` and ``labels``; noise and variance are kept, and ``dit/*`` converts to a velocity.
 
-    Left out: the fixed positions, as for SiT. DiT's published numbers guide channels 0 to 2 only.
+    Left out: the fixed positions, as for SiT. DiT's published numbers guide channels 0 to 2 only, and are
+    sampled with ``ddpm`` at ``steps: 250``, ``schedule: discrete``, ``variance: learned``.
     """
 
     peer = "DiT"

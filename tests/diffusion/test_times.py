@@ -73,7 +73,7 @@ def test_samplers_shift_by_the_same_rules(rule: Any, shape: tuple[int, int, int]
         return torch.zeros_like(x)
 
     sampler = underpaint.create("sampler", "euler", steps=2, shift=rule, patch=patch)
-    sampler.sample(field, torch.zeros(1, *shape))
+    sampler.sample(field, torch.zeros(1, *shape), lambda: torch.zeros(1, *shape))
     assert seen == pytest.approx([1.0, alpha / (1 + alpha)], rel=1e-6)
 
 

@@ -14,6 +14,7 @@ from underpaint.config.component import ComponentConfig
 from underpaint.config.diffusion import GuidanceConfig
 from underpaint.models.folders import save_generator, save_tokenizer
 from underpaint.models.generator import Generator, SamplingSettings
+from underpaint.registration.manager import manager
 
 LABELS = torch.tensor([0, 2])
 SEEDS = [3, 4]
@@ -61,6 +62,22 @@ def test_a_weaker_model_guides_away_from_itself(weak: Path) -> None:
             x = x - (away + 2.0 * (main - away)) / 3
     torch.testing.assert_close(guided, x, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(guided, draw(generator, scale=2.0))
+
+
+SAMPLERS = sorted({registration.name for registration in manager().catalogue.registrations("sampler")})
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_samples_do_not_depend_on_how_they_are_batched(name: str) -> None:
+    generator, labels, seeds = disturbed(0), torch.tensor([0, 1, 2, 0]), [7, 3, 5, 9]
+    how = settings(name)
+    whole = generator.latents(labels, seeds=seeds, settings=how)
+    halves = [generator.latents(labels[i : i + 2], seeds=seeds[i : i + 2], settings=how) for i in (0, 2)]
+    # The adaptive solver takes one error over the batch: its tolerance.
+    atol = 1e-3 if name == "adaptive" else 1e-5
+    torch.testing.assert_close(whole, torch.cat(halves), rtol=0, atol=atol)
+    again = generator.latents(labels.flip(0), seeds=seeds[::-1], settings=how)
+    torch.testing.assert_close(whole, again.flip(0), rtol=0, atol=atol)
 
 
 def test_the_weaker_model_is_no_part_of_the_generator(weak: Path) -> None:

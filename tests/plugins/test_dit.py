@@ -75,10 +75,11 @@ class Oracle(nn.Module):
     def __init__(self, noise: Tensor) -> None:
         super().__init__()
         self.noise = noise
+        self.variance = 99.0
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition, layers: Any = ()) -> Prediction:
         self.x, self.t = x, t
-        return Prediction(torch.cat((self.noise, torch.full_like(self.noise, 99.0)), dim=1))
+        return Prediction(torch.cat((self.noise, torch.full_like(self.noise, self.variance)), dim=1))
 
 
 def oracle(noise: Tensor) -> tuple[Any, Any]:
@@ -147,18 +148,25 @@ def test_conversion_is_precise_in_bfloat16() -> None:
 # ---------------------------------------------------------------------------------------------- as a backbone
 
 
-def test_the_variance_is_kept_and_not_read() -> None:
+def test_the_variance_is_a_fraction_beside_the_velocity() -> None:
+    model, network = oracle(torch.zeros(1, 4, 4, 4))
+    x, t = torch.ones(1, 4, 4, 4), torch.tensor([0.5])
+    for output, fraction in ((-1.0, 0.0), (1.0, 1.0), (0.5, 0.75)):
+        network.variance = output
+        assert model(x, t, Condition()).variance.unique().tolist() == [fraction]
+
+
+def test_the_velocity_does_not_read_the_variance() -> None:
     model = disturbed(make(**TINY))
     x, t, condition = inputs()
-    noise, fraction = model.noise_and_variance(x, torch.tensor([3, 700]), condition)
-    assert noise.shape == fraction.shape == x.shape
-    before = model(x, t, condition).velocity
+    before = model(x, t, condition)
     head = model.network.head
     rows = [cell * 8 + 4 + channel for cell in range(4) for channel in range(4)]
     with torch.no_grad():
         head.weight[rows] += 1.0
-    assert torch.equal(model(x, t, condition).velocity, before)
-    assert not torch.equal(model.noise_and_variance(x, torch.tensor([3, 700]), condition)[1], fraction)
+    after = model(x, t, condition)
+    assert torch.equal(after.velocity, before.velocity)
+    assert not torch.equal(after.variance, before.variance)
 
 
 def test_training_reaches_the_noise_and_not_the_variance() -> None:

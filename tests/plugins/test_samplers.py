@@ -30,6 +30,10 @@ def make(name: str, **options: Any) -> Sampler:
     return underpaint.create("sampler", name, **options)
 
 
+def no_noise() -> Tensor:
+    raise AssertionError("this solver adds no noise")
+
+
 def gaussian(x: Tensor, t: Tensor) -> Tensor:
     """Velocity of the flow to data of N(MEAN, STD²): noise z goes to MEAN + STD·z."""
     wide = t.to(x.dtype).view(-1, 1, 1, 1)
@@ -41,7 +45,7 @@ def gaussian(x: Tensor, t: Tensor) -> Tensor:
 @settings(max_examples=40)
 def test_straight_paths_are_exact_at_any_grid(name: str, steps: int, shift: float) -> None:
     data = torch.ones_like(NOISE) * 0.3
-    result = make(name, steps=steps, shift=shift).sample(lambda x, t: NOISE - data, NOISE)
+    result = make(name, steps=steps, shift=shift).sample(lambda x, t: NOISE - data, NOISE, no_noise)
     torch.testing.assert_close(result, data, rtol=0, atol=1e-11)
 
 
@@ -49,14 +53,14 @@ def test_straight_paths_are_exact_at_any_grid(name: str, steps: int, shift: floa
 def test_euler_on_a_linear_field_is_the_product_of_its_steps(steps: int) -> None:
     # dx/dt = a·x from 1 to 0 in equal steps multiplies by (1 − a/steps) each time.
     rate = 1.7
-    result = make("euler", steps=steps).sample(lambda x, t: rate * x, NOISE)
+    result = make("euler", steps=steps).sample(lambda x, t: rate * x, NOISE, no_noise)
     torch.testing.assert_close(result, NOISE * (1 - rate / steps) ** steps, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize(("name", "order"), [("euler", 1), ("heun", 2), ("ab2", 2), ("ddim", 1)])
 def test_order_of_convergence_on_gaussian_data(name: str, order: int) -> None:
     def error(steps: int) -> float:
-        result = make(name, steps=steps).sample(gaussian, NOISE)
+        result = make(name, steps=steps).sample(gaussian, NOISE, no_noise)
         return float((result - (MEAN + STD * NOISE)).abs().max())
 
     coarse, fine = error(80), error(160)
@@ -66,7 +70,7 @@ def test_order_of_convergence_on_gaussian_data(name: str, order: int) -> None:
 
 @pytest.mark.parametrize("name", FIXED)
 def test_shifted_grids_converge_too(name: str) -> None:
-    result = make(name, steps=400, shift=2.5).sample(gaussian, NOISE)
+    result = make(name, steps=400, shift=2.5).sample(gaussian, NOISE, no_noise)
     torch.testing.assert_close(result, MEAN + STD * NOISE, rtol=0, atol=0.04 if name in ("euler", "ddim") else 1e-5)
 
 
@@ -79,7 +83,7 @@ def test_adaptive_keeps_its_tolerance_and_works_no_more_than_it_must() -> None:
             times.append(float(t[0]))
             return gaussian(x, t)
 
-        result = make("adaptive", rtol=tolerance, atol=tolerance).sample(field, NOISE)
+        result = make("adaptive", rtol=tolerance, atol=tolerance).sample(field, NOISE, no_noise)
         assert float((result - (MEAN + STD * NOISE)).abs().max()) < 20 * tolerance
         assert all(0.0 <= t <= 1.0 for t in times)
         counts.append(len(times))
@@ -88,9 +92,9 @@ def test_adaptive_keeps_its_tolerance_and_works_no_more_than_it_must() -> None:
 
 def test_adaptive_says_when_it_cannot() -> None:
     with pytest.raises(DataError, match="cannot keep rtol 1e-05"):
-        make("adaptive").sample(lambda x, t: x * math.nan, NOISE)
+        make("adaptive").sample(lambda x, t: x * math.nan, NOISE, no_noise)
     with pytest.raises(DataError, match="max_steps"):
-        make("adaptive", rtol=1e-9, atol=1e-9, max_steps=3).sample(gaussian, NOISE)
+        make("adaptive", rtol=1e-9, atol=1e-9, max_steps=3).sample(gaussian, NOISE, no_noise)
 
 
 @pytest.mark.parametrize("shift", [1.0, 1 / 0.3])
@@ -105,11 +109,11 @@ def test_time_reaches_the_field_shifted_and_from_noise_to_data(shift: float) -> 
         return pytest.approx([shift * t / (1 + (shift - 1) * t) for t in uniform], rel=1e-6)
 
     for name in ("euler", "ab2"):
-        make(name, steps=5, shift=shift).sample(field, NOISE)
+        make(name, steps=5, shift=shift).sample(field, NOISE, no_noise)
         assert [float(t[0]) for t in seen] == expected(1.0, 0.8, 0.6, 0.4, 0.2)
         assert all(t.shape == (2,) and bool((t == t[0]).all()) for t in seen)
         seen.clear()
-    make("heun", steps=2, shift=shift).sample(field, NOISE)
+    make("heun", steps=2, shift=shift).sample(field, NOISE, no_noise)
     assert [float(t[0]) for t in seen] == expected(1.0, 0.5, 0.5, 0.0)
 
 
@@ -117,7 +121,7 @@ def test_time_reaches_the_field_shifted_and_from_noise_to_data(shift: float) -> 
 def test_result_keeps_type_and_noise_untouched(name: str) -> None:
     noise = NOISE.float()
     before = noise.clone()
-    result = make(name).sample(lambda x, t: x.bfloat16(), noise)
+    result = make(name).sample(lambda x, t: x.bfloat16(), noise, no_noise)
     assert result.dtype == torch.float32
     assert torch.equal(noise, before)
 
@@ -137,10 +141,11 @@ def test_every_option_is_in_the_protocol() -> None:
     changes: dict[str, list[dict[str, Any]]] = {
         "euler": [{"steps": 7}, {"end": 0.1}, {"shift": 2.0}, {"shift": "latent"}, {"shift": "tokens", "patch": 2}],
         "euler-maruyama": [{"steps": 7}, {"shift": 2.0}, {"last": 0.1}, {"noise": 0.5}, {"float64": False}],
-        "ddim": [{"steps": 7}, {"shift": 2.0}, {"eta": 0.5}],
+        "ddim": [{"steps": 7}, {"shift": 2.0}, {"eta": 0.5}, {"schedule": "discrete"}],
+        "ddpm": [{"variance": "learned"}],
         "adaptive": [{"rtol": 1e-3}, {"atol": 1e-3}],
     }
-    seen = [make(name).protocol() for name in ("heun", "ab2", "ddpm")]
+    seen = [make(name).protocol() for name in ("heun", "ab2")]
     seen += [make(name, **change).protocol() for name, every in changes.items() for change in [{}, *every]]
     assert all(a != b for i, a in enumerate(seen) for b in seen[:i])
 
@@ -180,7 +185,7 @@ def test_ddim_is_the_textbook_step_on_the_variance_preserving_path() -> None:
         epsilon = flow + (1 - t) * velocity
         x0 = (x - sigma[i] * epsilon) / alpha[i] if i else flow - velocity
         x = alpha[i + 1] * x0 + sigma[i + 1] * epsilon
-    torch.testing.assert_close(make("ddim", steps=steps).sample(gaussian, NOISE), x, rtol=0, atol=1e-6)
+    torch.testing.assert_close(make("ddim", steps=steps).sample(gaussian, NOISE, no_noise), x, rtol=0, atol=1e-6)
 
 
 class Counter(Backbone):
@@ -203,7 +208,7 @@ def test_lightningdit_settings_leave_73_of_249_steps_unguided() -> None:
     guidance = GuidanceConfig(scale=10.0, channels=3, interval=(0.0, 0.89))
     pooled = Condition(pooled=torch.zeros(2, 1))
     field = guided_field(linear_velocity(backbone, "linear", "velocity"), pooled, guidance, null=pooled)
-    make("euler", steps=249, shift=1 / 0.3).sample(field, NOISE)
+    make("euler", steps=249, shift=1 / 0.3).sample(field, NOISE, no_noise)
     assert backbone.batches == [2] * 73 + [4] * 176
 
 
@@ -224,7 +229,7 @@ def test_agrees_with_raes_sampler(steps: int, shift: float, second: float, last:
         return gaussian(x, t)
 
     noise = torch.tensor([-1.0, 0.5, 2.0], dtype=torch.float64).view(1, 3, 1, 1)
-    result = make("euler", steps=steps, shift=shift, end=0.001).sample(field, noise)
+    result = make("euler", steps=steps, shift=shift, end=0.001).sample(field, noise, no_noise)
     assert len(seen) == steps
     assert (seen[0], seen[1], seen[-1]) == pytest.approx((1.0, second, last), abs=1e-6)
     assert result.flatten().tolist() == pytest.approx(recorded, abs=1e-6)
@@ -240,6 +245,6 @@ def test_the_shift_of_raes_latents() -> None:
 def test_an_early_end_leaves_the_noise_of_its_time(name: str) -> None:
     # The exact flow has carried z to (1 − t)·MEAN + √variance·z by the time t.
     t = 2.0 * 0.3 / 1.3
-    result = make(name, steps=400, shift=2.0, end=0.3).sample(gaussian, NOISE)
+    result = make(name, steps=400, shift=2.0, end=0.3).sample(gaussian, NOISE, no_noise)
     exact = (1 - t) * MEAN + math.sqrt((1 - t) ** 2 * STD**2 + t**2) * NOISE
     torch.testing.assert_close(result, exact, rtol=0, atol=0.02 if name == "euler" else 1e-4)

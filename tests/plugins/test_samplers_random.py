@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.plugins.test_samplers import MEAN, STD, gaussian
+from tests.plugins.test_samplers import MEAN, STD, gaussian, no_noise
 from torch import Tensor
 
 import underpaint
-from underpaint import Sampler
-from underpaint_samplers.streams import Streams
+from underpaint import FreshNoise, Sampler
 
 SHAPE = (40, 4, 32, 32)
 COUNT = math.prod(SHAPE)
@@ -27,9 +26,14 @@ def variance_at(t: float) -> float:
     return (1 - t) ** 2 * STD**2 + t**2
 
 
+def source(shape: tuple[int, ...], seed: int = 0) -> FreshNoise:
+    generator = torch.Generator().manual_seed(seed)
+    return lambda: torch.randn(shape, generator=generator)
+
+
 def drawn(sampler: Sampler) -> Tensor:
-    noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
-    return sampler.sample(gaussian, noise, torch.Generator().manual_seed(1)).double()
+    fresh = source(SHAPE)
+    return sampler.sample(gaussian, fresh(), fresh).double()
 
 
 def expect_moments(x: Tensor, mean: float, variance: float) -> None:
@@ -71,7 +75,7 @@ def test_maruyama_without_noise_is_euler_on_its_grid() -> None:
         seen.append(float(t[0]))
         return gaussian(x, t)
 
-    result = make("euler-maruyama", steps=5, noise=0.0).sample(field, noise)
+    result = make("euler-maruyama", steps=5, noise=0.0).sample(field, noise, no_noise)
     assert seen == pytest.approx([1.0, 0.76, 0.52, 0.28, 0.04], rel=1e-6)
     x = noise
     for now, after in zip([1.0, 0.76, 0.52, 0.28, 0.04], [0.76, 0.52, 0.28, 0.04, 0.0]):
@@ -86,13 +90,10 @@ def test_maruyama_without_noise_is_euler_on_its_grid() -> None:
         (1.0, [1.513834510037, 1.659599931475, 1.805365352913]),
     ],
 )
-def test_maruyama_agrees_with_repas_sampler(
-    constant: float, recorded: list[float], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_maruyama_agrees_with_repas_sampler(constant: float, recorded: list[float]) -> None:
     # Recorded by running REPA's euler_maruyama_sampler for 10 steps on this velocity, all of its noise `constant`.
-    monkeypatch.setattr(Streams, "normal", lambda self, like: torch.full_like(like, constant))
     noise = torch.tensor([-1.0, 0.5, 2.0], dtype=torch.float64).view(1, 3, 1, 1)
-    result = make("euler-maruyama", steps=10).sample(gaussian, noise)
+    result = make("euler-maruyama", steps=10).sample(gaussian, noise, lambda: torch.full_like(noise, constant))
     assert result.flatten().tolist() == pytest.approx(recorded, abs=1e-7)
 
 
@@ -122,17 +123,22 @@ def test_ddpm_comes_to_the_data() -> None:
     assert float(x.std()) == pytest.approx(STD, rel=0.05)
 
 
-@pytest.mark.parametrize("name", ["euler-maruyama", "ddpm"])
-def test_the_noise_of_a_sample_does_not_depend_on_its_batch(name: str) -> None:
-    noise = torch.randn(3, 4, 5, 7, generator=torch.Generator().manual_seed(0))
-    sampler = make(name, steps=5)
-    whole = sampler.sample(gaussian, noise, torch.Generator().manual_seed(3))
-    pair = sampler.sample(gaussian, noise[:2], torch.Generator().manual_seed(3))
-    torch.testing.assert_close(whole[:2], pair, rtol=0, atol=1e-6)
-    other = sampler.sample(gaussian, noise, torch.Generator().manual_seed(4))
-    assert not torch.allclose(whole, other)
-    same = sampler.sample(gaussian, noise[:1].expand(2, -1, -1, -1), torch.Generator().manual_seed(3))
-    assert not torch.allclose(same[0], same[1])
+@pytest.mark.parametrize(("name", "without_noise"), [("euler-maruyama", {"noise": 0.0}), ("ddpm", {"eta": 0.0})])
+def test_noise_is_drawn_once_before_every_point_but_the_last(name: str, without_noise: dict[str, float]) -> None:
+    drawn: list[Tensor] = []
+
+    def fresh() -> Tensor:
+        drawn.append(noise())
+        return drawn[-1]
+
+    noise = source((2, 3, 4, 5))
+    start = noise()
+    sampled = make(name, steps=5).sample(gaussian, start, fresh)
+    assert len(drawn) == 4
+    replayed = make(name, steps=5).sample(gaussian, start, iter(drawn).__next__)
+    assert torch.equal(sampled, replayed)
+    plain = make(name, steps=5, **without_noise).sample(gaussian, start, no_noise)
+    assert not torch.allclose(sampled, plain)
 
 
 def test_the_state_is_kept_in_the_type_asked_for() -> None:
@@ -144,9 +150,9 @@ def test_the_state_is_kept_in_the_type_asked_for() -> None:
 
     noise = torch.randn(1, 3, 4, 5, generator=torch.Generator().manual_seed(0))
     exact, plain = (make("euler-maruyama", steps=200, noise=0.0, float64=double) for double in (True, False))
-    reference = plain.sample(field, noise.double())
+    reference = plain.sample(field, noise.double(), no_noise)
     assert set(seen) == {torch.float64}
     seen.clear()
-    error = [float((s.sample(field, noise).double() - reference).abs().max()) for s in (exact, plain)]
+    error = [float((s.sample(field, noise, no_noise).double() - reference).abs().max()) for s in (exact, plain)]
     assert set(seen) == {torch.float32}
     assert error[0] < error[1]

@@ -213,35 +213,32 @@ def dit_table() -> np.ndarray:
     return np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
 
 
-def test_dit_in_its_own_terms(tmp_path: Path) -> None:
+def test_dit(tmp_path: Path) -> None:
     model = read("dit", filled(SHAPES["dit"]), tmp_path)
     condition = Condition(pooled=model.conditioner.table(LABELS))
-    steps = torch.tensor([250, 613])
-    noise, fraction = model.backbone.noise_and_variance(x_t(), steps, condition)
+
+    def ask(steps: list[int]) -> tuple[Tensor, Tensor]:
+        """Noise and fraction for DiT's latent of some timesteps: in our scale, and at our time."""
+        kept = torch.from_numpy(dit_table()[steps])
+        t = (1 - kept).sqrt() / ((1 - kept).sqrt() + kept.sqrt())
+        x = x_t() * ((1 - t) / kept.sqrt()).float()[:, None, None, None]
+        prediction = model.backbone(x, t, condition)
+        return x + (1 - t).float()[:, None, None, None] * prediction.velocity, prediction.variance
+
+    steps = [250, 613]
+    noise, fraction = ask(steps)
     equal(noise, GOLDEN["dit"])
     equal(2 * fraction - 1, GOLDEN["dit-variance"])
-    equal(model.backbone.noise_and_variance(x_t(), torch.tensor([0, 999]), condition)[0], GOLDEN["dit-ends"])
-    # The step of a DDPM sampler, as the docstring says it: mean (Ho et al. 2020, eq. 7 and 11) and log-variance.
+    equal(ask([0, 999])[0], GOLDEN["dit-ends"])
+    # The step of a DDPM sampler: mean (Ho et al. 2020, eq. 7 and 11) and log-variance (Nichol & Dhariwal 2021, eq. 15).
     beta, kept = np.linspace(1e-4, 0.02, 1000)[steps], dit_table()[steps]
-    before = dit_table()[steps - 1]
+    before = dit_table()[np.array(steps) - 1]
     column = lambda v: torch.from_numpy(v)[:, None, None, None]  # noqa: E731
     mean = (x_t() - column(beta / np.sqrt(1 - kept)) * noise) / column(np.sqrt(1 - beta))
     equal(mean, GOLDEN["dit-mean"])
     smallest = beta * (1 - before) / (1 - kept)
     logvar = fraction * column(np.log(beta)) + (1 - fraction) * column(np.log(smallest))
     equal(logvar, GOLDEN["dit-logvar"])
-
-
-def test_dit_as_a_velocity(tmp_path: Path) -> None:
-    model = read("dit", filled(SHAPES["dit"]), tmp_path)
-    condition = Condition(pooled=model.conditioner.table(LABELS))
-    kept = torch.from_numpy(dit_table()[[250, 613]])
-    # The latent of these timesteps, in our scale and at our time.
-    t = (1 - kept).sqrt() / ((1 - kept).sqrt() + kept.sqrt())
-    scale = ((1 - t) / kept.sqrt()).float()[:, None, None, None]
-    velocity = model.backbone(x_t() * scale, t, condition).velocity
-    noise = x_t() * scale + (1 - t).float()[:, None, None, None] * velocity
-    equal(noise, GOLDEN["dit"])
 
 
 # -------------------------------------------------------------------------------------------------- weights

@@ -99,6 +99,12 @@ class WrongVelocity(Backbone):
         return Prediction(result.velocity[..., :side, :side], result.hidden)
 
 
+class PromisesVariance(Backbone):
+    """Says that it gives a variance, and gives none."""
+
+    variance = True
+
+
 class AlwaysHidden(Backbone):
     """Returns all hidden states, asked or not."""
 
@@ -342,14 +348,14 @@ class ChangesImages(MeanAbsoluteError):
 class Backwards(Midpoint):
     """Adds the velocity."""
 
-    def sample(self, field, noise, generator=None):
-        return super().sample(lambda x, t: -field(x, t), noise, generator)
+    def sample(self, field, noise, fresh):
+        return super().sample(lambda x, t: -field(x, t), noise, fresh)
 
 
 class Crude(Midpoint):
     """Looks at the velocity at the start only."""
 
-    def sample(self, field, noise, generator=None):
+    def sample(self, field, noise, fresh):
         first = []
 
         def constant(x, t):
@@ -357,13 +363,13 @@ class Crude(Midpoint):
             first.append(value)
             return first[0]
 
-        return super().sample(constant, noise, generator)
+        return super().sample(constant, noise, fresh)
 
 
 class StopsEarly(Midpoint):
     """Leaves out the last step."""
 
-    def sample(self, field, noise, generator=None):
+    def sample(self, field, noise, fresh):
         x = noise
         for index in range(self.steps - 1):
             x = x - field(x, torch.full((len(x),), 1 - index / self.steps, dtype=x.dtype)) / self.steps
@@ -373,38 +379,45 @@ class StopsEarly(Midpoint):
 class FromZero(Midpoint):
     """Counts the time from noise."""
 
-    def sample(self, field, noise, generator=None):
-        return super().sample(lambda x, t: field(x, 1 - t), noise, generator)
+    def sample(self, field, noise, fresh):
+        return super().sample(lambda x, t: field(x, 1 - t), noise, fresh)
 
 
 class GlobalNoise(Midpoint):
-    """Draws noise without the generator."""
+    """Draws noise of its own."""
 
-    def sample(self, field, noise, generator=None):
-        return super().sample(field, noise, generator) + 0.01 * torch.randn_like(noise)
+    def sample(self, field, noise, fresh):
+        return super().sample(field, noise, fresh) + 0.01 * torch.randn_like(noise)
+
+
+class SharesNoise(Midpoint):
+    """Adds the first sample's noise to all."""
+
+    def sample(self, field, noise, fresh):
+        return super().sample(field, noise, fresh) + 0.01 * fresh()[:1]
 
 
 class SharesMean(Midpoint):
     """Centres the batch."""
 
-    def sample(self, field, noise, generator=None):
-        x = super().sample(field, noise, generator)
+    def sample(self, field, noise, fresh):
+        x = super().sample(field, noise, fresh)
         return x - x.mean(0, keepdim=True) + noise.mean(0, keepdim=True)
 
 
 class OverwritesNoise(Midpoint):
     """Works in place."""
 
-    def sample(self, field, noise, generator=None):
-        noise.copy_(super().sample(field, noise, generator))
+    def sample(self, field, noise, fresh):
+        noise.copy_(super().sample(field, noise, fresh))
         return noise.clone()
 
 
 class SinglePrecision(Midpoint):
     """Gives float32 whatever the noise is."""
 
-    def sample(self, field, noise, generator=None):
-        return super().sample(field, noise, generator).float()
+    def sample(self, field, noise, fresh):
+        return super().sample(field, noise, fresh).float()
 
 
 class MissesCount(Midpoint):

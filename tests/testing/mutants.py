@@ -46,6 +46,7 @@ MUTANTS = {
     },
     "backbone": {
         "WrongVelocity": {"velocity_as_declared"},
+        "PromisesVariance": {"velocity_as_declared"},
         "AlwaysHidden": {"velocity_as_declared", "hidden_as_asked"},
         "WrongHidden": {"hidden_as_asked"},
         "Timeless": {"time_and_condition_matter", "gradients_reach_all"},
@@ -112,6 +113,7 @@ MUTANTS = {
         "StopsEarly": {"constant_flow_is_exact", "protocol_counts_evaluations"},
         "FromZero": {"time_runs_down"},
         "GlobalNoise": {"repeats_with_seed", "samples_are_independent", "constant_flow_is_exact"},
+        "SharesNoise": {"samples_are_independent", "constant_flow_is_exact"},
         "SharesMean": {"samples_are_independent", "linear_flow_converges"},
         "OverwritesNoise": {"keeps_noise_and_type"},
         "SinglePrecision": {"keeps_noise_and_type"},

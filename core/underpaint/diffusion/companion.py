@@ -37,8 +37,19 @@ def separate(state: Tensor, channels: int) -> tuple[Tensor, Tensor]:
 
 
 def network(backbone: Backbone) -> Callable[[Tensor, Tensor, Condition], Tensor]:
-    """Return a backbone's output as a function of x_t, t and condition; with its companion, if it has one, joined."""
+    """Return a backbone's output as a function of x_t, t and condition.
+
+    With its companion, if it has one, joined; or with its variance, if it has one, in as many channels below.
+    """
     channels = backbone.companion
+    assert not (channels and backbone.variance)
+    if backbone.variance:
+
+        def both(x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+            prediction = backbone(x_t, t, condition)
+            return torch.cat((prediction.velocity, prediction.variance), dim=1)
+
+        return both
     if not channels:
         return lambda x_t, t, condition: backbone(x_t, t, condition).velocity
 

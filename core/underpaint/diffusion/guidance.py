@@ -9,7 +9,7 @@ from underpaint.config.diffusion import GuidanceConfig
 from underpaint.diffusion.paths import Velocity
 from underpaint.errors import ConfigError
 from underpaint.interfaces.conditioner import Condition, Conditioner
-from underpaint.interfaces.sampler import VelocityField
+from underpaint.interfaces.sampler import VarianceField, VelocityField
 
 __all__ = ["check_guidance", "guided_field", "null_condition"]
 
@@ -50,15 +50,16 @@ def guided_field(
     null: Condition | None = None,
     weak: VelocityField | None = None,
     companion: int = 0,
+    variance: bool = False,
 ) -> VelocityField:
     """Return the velocity field that a sampler follows.
 
     v = v_other + w·(v_cond − v_other) for the first `channels` latent channels and for t within `interval`, both ends
-    included (Kynkäänniemi et al. 2024); v_cond elsewhere. A companion is guided as a whole. v_other is the velocity
-    under the null condition (Ho & Salimans 2022, eq. 6), or that of a weaker model (AutoGuidance, Karras et al. 2024).
-    t is what the field receives: after any shift of the sampler's grid. With a null condition both velocities come from
-    one pass over a doubled batch. Where guidance is off, and at scale 1, the model sees the plain batch and the weaker
-    model nothing.
+    included (Kynkäänniemi et al. 2024); v_cond elsewhere. A companion is guided as a whole, a variance not at all.
+    v_other is the velocity under the null condition (Ho & Salimans 2022, eq. 6), or that of a weaker model
+    (AutoGuidance, Karras et al. 2024). t is what the field receives: after any shift of the sampler's grid. With a null
+    condition both velocities come from one pass over a doubled batch. Where guidance is off, and at scale 1, the model
+    sees the plain batch and the weaker model nothing.
 
     Args:
         velocity: The model.
@@ -67,6 +68,7 @@ def guided_field(
         null: Unconditional condition of the B samples, to guide away from.
         weak: Velocity of a weaker model, to guide away from instead.
         companion: Channels of the state, its last ones, that hold a companion.
+        variance: The model gives a variance below the velocity, and the field shall be a `VarianceField`.
     """
     low, high = guidance.interval
     always = (low, high) == (0.0, 1.0)
@@ -86,13 +88,17 @@ def guided_field(
         # Reading the decision waits for the device, and saves half the work of the steps outside.
         if off or (not always and not bool(inside.any())):
             return velocity(x_t, t, condition)
-        conditional, other = pair(x_t, t)
+        state = x_t.shape[1]
+        given, other = pair(x_t, t)
+        conditional, other = given[:, :state], other[:, :state]
         guided = other + guidance.scale * (conditional - other)
         guided = torch.where(inside.view(-1, 1, 1, 1), guided, conditional)
-        count = guidance.channels
-        if count is None:
-            return guided
-        end = x_t.shape[1] - companion
-        return torch.cat((guided[:, :count], conditional[:, count:end], guided[:, end:]), dim=1)
+        end = state - companion
+        count = end if guidance.channels is None else guidance.channels
+        return torch.cat((guided[:, :count], conditional[:, count:end], guided[:, end:], given[:, state:]), dim=1)
 
-    return field
+    def halves(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = field(x_t, t).chunk(2, dim=1)
+        return first, second
+
+    return VarianceField(halves) if variance else field

@@ -25,7 +25,7 @@ __all__ = ["PATHS", "Coefficients", "Path", "Quantity", "Velocity", "linear_velo
 Quantity = Predicts | Literal["score"]
 
 Velocity = Callable[[Tensor, Tensor, Condition], Tensor]
-"""(x_t of the linear path, t, condition) to the linear path's velocity ε − x0."""
+"""(x_t of the linear path, t, condition) to the linear path's velocity ε − x0, and what `network` puts below it."""
 
 # Where α or σ vanishes, one of data and noise cannot be told from the other: they are not divided by less than this.
 _SMALLEST = 1e-3
@@ -157,7 +157,8 @@ def linear_velocity(backbone: Backbone, path: PathName, predicts: Predicts) -> V
     """Return the linear path's velocity by a backbone that was trained for `predicts` on `path`.
 
     The backbone's output stands in `Prediction.velocity`, whatever it was trained to be. Where it has a companion, x_t
-    and the velocity are latent and vector as one tensor (`join`).
+    and the velocity are latent and vector as one tensor (`join`); where it has learned a variance, that stands in as
+    many channels below the velocity (`network`).
     """
     run = network(backbone)
     if path == "linear" and predicts == "velocity":
@@ -170,8 +171,9 @@ def linear_velocity(backbone: Backbone, path: PathName, predicts: Predicts) -> V
         # The lengths of (α, σ): their ratio is α'/α of the two paths, and stays right where VP has no such ratio.
         scale = torch.hypot(c.alpha, c.sigma) / torch.hypot(1.0 - t, t)
         state = x_t * scale.reshape(-1, *[1] * (x_t.ndim - 1)).to(x_t.dtype)
-        output = run(state, time, condition)
-        x0, noise = own.split(predicts, output.to(x_t.dtype), state, time)
-        return noise - x0
+        output = run(state, time, condition).to(x_t.dtype)
+        predicted, rest = output[:, : x_t.shape[1]], output[:, x_t.shape[1] :]
+        x0, noise = own.split(predicts, predicted, state, time)
+        return torch.cat((noise - x0, rest), dim=1) if backbone.variance else noise - x0
 
     return velocity

@@ -24,11 +24,14 @@ class Prediction:
         hidden: B×N×C hidden states after each layer asked for, by layer index; B×(1 + N)×C where a companion was given,
             whose token comes first.
         companion: B×C velocity of the companion, ε − c0; None where none was given.
+        variance: B×d×h×w fractions f of log σ² = f·log β + (1 − f)·log β̃, the variance of a DDPM's step between its
+            bounds (Nichol & Dhariwal 2021, eq. 15); None where the backbone has learned none.
     """
 
     velocity: Tensor
     hidden: Mapping[int, Tensor] = attrs.field(factory=dict)
     companion: Tensor | None = None
+    variance: Tensor | None = None
 
 
 class Backbone(nn.Module, Component, ABC):
@@ -49,11 +52,13 @@ class Backbone(nn.Module, Component, ABC):
         width: Channels of the hidden states.
         patch: Latent cells of one token, per side.
         companion: Channels of the companion; 0 for none.
+        variance: Whether it gives `Prediction.variance`. Not beside a companion.
     """
 
     width: int
     patch: int
     companion: int = 0
+    variance: bool = False
 
     @abstractmethod
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition, layers: Collection[int] = ()) -> Prediction:

@@ -139,8 +139,8 @@ class Generator(nn.Module):
 
         Args:
             inputs: B labels (integer tensor) or B texts, as the conditioner accepts.
-            seeds: B seeds; the noise that a sample starts from depends on its own seed only, not on the batch. What
-                stochastic samplers add on the way follows from the first seed and the place in the batch.
+            seeds: B seeds; a sample depends on its own seed only, not on the batch. The noise that it starts from and
+                what stochastic samplers add on the way come from one sequence.
             settings: Solver and guidance, instead of the generator's own.
             grid: Height and width of the latents, instead of the trained ones.
 
@@ -159,9 +159,13 @@ class Generator(nn.Module):
         sampler = _sampler(settings)
         grid = grid or self.grid
         field = self._field(inputs, settings.guidance, device, grid)
-        noise = torch.stack([self._noise(seed, grid) for seed in seeds]).to(device)
-        generator = torch.Generator(device=device).manual_seed(seeds[0])
-        latents = sampler.sample(field, noise, generator)
+        # On the host, so that a seed gives one sample on every device; it draws while the device computes a step.
+        sources = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+        def fresh() -> Tensor:
+            return torch.stack([self._noise(source, grid) for source in sources]).to(device)
+
+        latents = sampler.sample(field, fresh(), fresh)
         if self.backbone.companion:
             latents, _ = separate(latents, self.backbone.companion)
         if not bool(torch.isfinite(latents).all()):
@@ -187,9 +191,8 @@ class Generator(nn.Module):
             }
         return {"sampler": dict(_sampler(settings).protocol()), "guidance": guidance, "precision": self.precision}
 
-    def _noise(self, seed: int, grid: tuple[int, int]) -> Tensor:
-        """Return the noise of one sample: of the latent, then of the companion, if there is one, in maps below it."""
-        source = torch.Generator().manual_seed(seed)
+    def _noise(self, source: torch.Generator, grid: tuple[int, int]) -> Tensor:
+        """Draw noise for one sample: for the latent, then for the companion, if there is one, in maps below it."""
         noise = torch.randn((self.tokenizer.latent_channels, *grid), generator=source)
         if not self.backbone.companion:
             return noise
@@ -202,19 +205,19 @@ class Generator(nn.Module):
         check_guidance(guidance, self.tokenizer.latent_channels)
         velocity = self._velocity()
         condition = self.conditioner(inputs)
-        companion = companion_maps(self.backbone.companion, grid)
+        companion, variance = companion_maps(self.backbone.companion, grid), self.backbone.variance
         if guidance.scale == 1.0:
-            return guided_field(velocity, condition, guidance)
+            return guided_field(velocity, condition, guidance, variance=variance)
         if guidance.weak is None:
             null = null_condition(self.conditioner, len(inputs), device)
-            return guided_field(velocity, condition, guidance, null=null, companion=companion)
+            return guided_field(velocity, condition, guidance, null=null, companion=companion, variance=variance)
         weaker = self._weaker(guidance.weak)
         weaker.backbone.to(device)
         weaker.conditioner.to(device)
         if weaker.precision != self.precision:
             weaker.prepare(precision=self.precision, compile=self._compiled)
         weak = weaker._field(inputs, GuidanceConfig(), device, grid)
-        return guided_field(velocity, condition, guidance, weak=weak, companion=companion)
+        return guided_field(velocity, condition, guidance, weak=weak, companion=companion, variance=variance)
 
     def _velocity(self) -> Velocity:
         velocity = linear_velocity(self.backbone, self.path, self.predicts)

@@ -55,7 +55,7 @@ PROBES["backbone"] = _probe
 
 @check("backbone")
 def velocity_as_declared(subject: Subject) -> None:
-    """The velocity has the shape of the latent, also when that is not square; the companion's is B×C."""
+    """Velocity and variance have the shape of the latent, also when it is not square; a companion's velocity is B×C."""
     rows, columns = subject.context["grid"]
     for grid in ((rows, columns), (rows, 2 * columns), (2 * rows, columns)):
         backbone = subject.make(grid=grid)
@@ -69,6 +69,11 @@ def velocity_as_declared(subject: Subject) -> None:
         vector = None if result.companion is None else tuple(result.companion.shape)
         told = (2, backbone.companion) if backbone.companion else None
         expect(vector == told, f"'companion' is {backbone.companion}, and its velocity has shape {vector}")
+        fractions = None if result.variance is None else tuple(result.variance.shape)
+        expect(
+            fractions == (shape if backbone.variance else None),
+            f"'variance' is {backbone.variance}, and that of a latent of {shape} has shape {fractions}",
+        )
 
 
 @check("backbone")
