@@ -30,6 +30,7 @@ class Repa(Loss):
 
     Raises:
         ConfigError: (by `prepare`) There is no backbone whose hidden states could be aligned.
+        DataError: (by `prepare`) The images do not divide into the encoder's cells.
     """
 
     needs = frozenset({"inputs", "prediction"})
@@ -51,6 +52,7 @@ class Repa(Loss):
                 "The loss 'repa' aligns hidden states of a backbone, and this stage trains none; "
                 "move it to the losses of 'diffusion'."
             )
+        self._encoder[0].grid(*sizes.image)
         hidden, channels = self._config.projector, self._encoder[0].info.channels[-1]
         self.projector = nn.Sequential(
             nn.Linear(sizes.hidden_width, hidden),
