@@ -102,7 +102,8 @@ class Repa(Loss):
         if self._config.projection == "mlp":
             return torch.as_tensor(self.projector(tokens))
         count = tokens.shape[1] - (prediction.companion is not None)
-        maps = [tokens[:, -count:].transpose(1, 2).unflatten(2, _grid(prediction.velocity, count))]
+        rows, columns = _grid(prediction.velocity, count)
+        maps = [tokens[:, -count:].transpose(1, 2).reshape(len(tokens), -1, rows, columns)]
         if prediction.companion is not None:
             maps.insert(0, tokens[:, :1].transpose(1, 2).unsqueeze(3))
         return torch.cat([self.projector(cells).flatten(2).transpose(1, 2) for cells in maps], dim=1)
