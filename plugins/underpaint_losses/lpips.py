@@ -106,7 +106,7 @@ class Lpips(Loss):
 
 def _hub_file(download: bool) -> Path:
     url = VGG16_Weights.IMAGENET1K_V1.url
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    path = Path(str(torch.hub.get_dir()), "checkpoints", str(url).rpartition("/")[2])
     if path.is_file():
         return path
     if not download:

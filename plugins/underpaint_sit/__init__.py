@@ -47,7 +47,7 @@ def register_losses(register: Any) -> None:
         config="underpaint_sit.config:RepaConfig",
         tiny={"encoder": "tiny/vit@random", "options": {"width": 16, "depth": 1, "heads": 2}, "projector": 16},
         summary="Hidden states of the backbone against features of a frozen encoder; trains a projector",
-        source="Yu et al. 2024 (REPA)",
+        source="Yu et al. 2024 (REPA), Singh et al. 2025 (iREPA)",
     )
     register(
         "companion",

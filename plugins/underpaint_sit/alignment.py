@@ -26,10 +26,19 @@ class Repa(Loss):
     Where the backbone diffuses a companion vector, its token is the first one and its target the encoder's pooled
     output, as REG does (257 tokens on a 16×16 grid).
 
+    Two options make it iREPA (Singh et al. 2025, arXiv 2512.10794), which hands on more of where things are and less of
+    what the picture shows: a convolution of 3×3 cells, padded with zeros, in place of the three layers; and targets of
+    each channel less γ times their mean over the image's cells, divided by their deviation over the cells plus 1e-6:
+    the formula of the authors' code, whose description gives γ no number. The cells are those of the encoder, before
+    they are resized. Of a companion iREPA says nothing: here its token is a map of one cell, and its target is left as
+    it is.
+
     The encoder is neither trained nor saved with the projector, and it computes in float32.
 
     Raises:
-        ConfigError: (by `prepare`) There is no backbone whose hidden states could be aligned.
+        ConfigError: (by `prepare`) There is no backbone whose hidden states could be aligned, or the targets are to be
+            normalised over a single cell.
+        DataError: (by `prepare`) The images do not divide into the encoder's cells.
     """
 
     needs = frozenset({"inputs", "prediction"})
@@ -51,7 +60,16 @@ class Repa(Loss):
                 "The loss 'repa' aligns hidden states of a backbone, and this stage trains none; "
                 "move it to the losses of 'diffusion'."
             )
+        if math.prod(self._encoder[0].grid(*sizes.image)) == 1 and self._config.spatial is not None:
+            raise ConfigError(
+                f"The loss 'repa' normalises its targets over the cells of an image, and the encoder "
+                f"'{self._config.encoder}' gives one cell; remove its option 'spatial', or use larger images."
+            )
         hidden, channels = self._config.projector, self._encoder[0].info.channels[-1]
+        if self._config.projection == "conv":
+            # Its initialisation is torch's: the paper states none.
+            self.projector = nn.Conv2d(sizes.hidden_width, channels, 3, padding=1)
+            return
         self.projector = nn.Sequential(
             nn.Linear(sizes.hidden_width, hidden),
             nn.SiLU(),
@@ -76,8 +94,19 @@ class Repa(Loss):
         assert self.projector is not None, "prepare was not called"
         hidden = step.prediction.hidden[self.layers[0]]
         targets = self._targets(step.inputs, step.prediction, hidden.shape[1])
-        projected: Tensor = self.projector(hidden.to(next(self.projector.parameters()).dtype))
+        projected = self._projected(hidden.to(next(self.projector.parameters()).dtype), step.prediction)
         return {"repa": -F.cosine_similarity(projected.float(), targets, dim=2).mean()}
+
+    def _projected(self, tokens: Tensor, prediction: Prediction) -> Tensor:
+        assert self.projector is not None
+        if self._config.projection == "mlp":
+            return torch.as_tensor(self.projector(tokens))
+        count = tokens.shape[1] - (prediction.companion is not None)
+        rows, columns = _grid(prediction.velocity, count)
+        maps = [tokens[:, -count:].transpose(1, 2).reshape(len(tokens), -1, rows, columns)]
+        if prediction.companion is not None:
+            maps.insert(0, tokens[:, :1].transpose(1, 2).unsqueeze(3))
+        return torch.cat([self.projector(cells).flatten(2).transpose(1, 2) for cells in maps], dim=1)
 
     @torch.no_grad()
     def _targets(self, images: Tensor, prediction: Prediction, count: int) -> Tensor:
@@ -85,9 +114,16 @@ class Repa(Loss):
         encoder.grid(images.shape[2], images.shape[3])
         features = encoder(images.float())
         companion = prediction.companion is not None
-        cells = _resized(features.maps[-1].float(), _grid(prediction.velocity, count - companion))
+        cells = self._normalised(features.maps[-1].float())
+        cells = _resized(cells, _grid(prediction.velocity, count - companion))
         tokens = cells.flatten(2).transpose(1, 2)
         return torch.cat((self._pooled(features), tokens), dim=1) if companion else tokens
+
+    def _normalised(self, cells: Tensor) -> Tensor:
+        if self._config.spatial is None:
+            return cells
+        deviation, mean = torch.std_mean(cells, dim=(2, 3), keepdim=True)
+        return (cells - self._config.spatial * mean) / (deviation + 1e-6)
 
     def _pooled(self, features: Features) -> Tensor:
         width = features.maps[-1].shape[1]

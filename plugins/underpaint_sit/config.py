@@ -93,13 +93,19 @@ class RepaConfig:
             ``timm/vit_base_patch14_dinov2``.
         options: Options of the encoder.
         layer: Block whose hidden states are aligned, counted from 0. REPA's encoder depth 8 is layer 7.
-        projector: Hidden channels of the projector.
+        projector: Hidden channels of the projector ``mlp``.
+        projection: ``mlp`` projects each token by three layers (REPA); ``conv`` projects the map of tokens by one
+            convolution of 3×3 cells (iREPA).
+        spatial: Share γ of the targets' mean over the cells that is taken off before they are divided by their
+            deviation over the cells, channel by channel (iREPA's spatial normalisation); None leaves them as they are.
     """
 
     encoder: str
     options: Mapping[str, Any] = attrs.field(factory=dict)
     layer: int = attrs.field(default=7, validator=v.ge(0))
     projector: int = attrs.field(default=2048, validator=v.gt(0))
+    projection: Literal["mlp", "conv"] = attrs.field(default="mlp", validator=v.in_(("mlp", "conv")))
+    spatial: float | None = attrs.field(default=None, validator=v.optional([v.ge(0), v.le(1)]))
 
 
 @attrs.frozen(kw_only=True)

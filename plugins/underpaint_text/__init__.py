@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from underpaint import hookimpl
@@ -39,3 +41,27 @@ def register_conditioners(register: Any) -> None:
         summary="Several text encoders at once, as Stable Diffusion 3 and FLUX have them",
         source="Esser et al. 2024 (Stable Diffusion 3)",
     )
+
+
+@hookimpl
+def on_train_start(folder: Path, config: Mapping[str, Any]) -> None:
+    """Say of a few long texts only that they were cut, and count the others."""
+    from underpaint_text.lost import losses
+
+    losses.train(True)
+
+
+@hookimpl
+def on_stage_end(folder: Path, stage: str, step: int) -> None:
+    """Say how many long texts of the stage were counted."""
+    from underpaint_text.lost import losses
+
+    losses.sum_up(f"Stage '{stage}': ")
+
+
+@hookimpl
+def on_train_end(folder: Path, error: BaseException | None) -> None:
+    """Say how many were counted after the last stage, in samples of captions."""
+    from underpaint_text.lost import losses
+
+    losses.train(False)

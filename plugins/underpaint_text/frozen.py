@@ -7,7 +7,6 @@ for them. Conditioners of equal options share one encoder per device.
 
 from __future__ import annotations
 
-import logging
 import weakref
 from abc import abstractmethod
 from collections import OrderedDict
@@ -18,10 +17,9 @@ import torch
 from torch import Tensor
 
 from underpaint import Condition, Conditioner, DataError
+from underpaint_text.lost import losses
 
 __all__ = ["Encode", "FrozenText", "stack"]
-
-_log = logging.getLogger("underpaint")
 
 Encode = Callable[[list[str]], tuple[Condition, list[int]]]
 """B texts to their condition on the encoder's device, and how many tokens each lost because it was too long."""
@@ -34,7 +32,7 @@ class _Memory:
         encode: Encodes texts.
         device: Where it does.
         mib: Memory for the conditions.
-        name: Of the conditioner, for the warning.
+        name: Of the encoder, for the warning about long texts.
     """
 
     def __init__(self, encode: Encode, device: torch.device, mib: int, name: str) -> None:
@@ -44,7 +42,6 @@ class _Memory:
         self._name = name
         self._rows: OrderedDict[str, Condition] = OrderedDict()
         self._bytes = 0
-        self._warned = False
 
     def __call__(self, texts: Sequence[str]) -> list[Condition]:
         """Return the condition of each text, a batch of one."""
@@ -63,26 +60,15 @@ class _Memory:
             condition, lost = self._encode(texts)
             condition = _map(condition, lambda tensor: tensor.detach().cpu())
             rows = {text: _row(condition, index) for index, text in enumerate(texts)}
-        self._warn(texts, lost)
+        for text, tokens in zip(texts, lost, strict=True):
+            if tokens > 0:
+                losses.add(self._name, text, tokens)
         for text, row in rows.items():
             self._rows[text] = row
             self._bytes += _bytes(row)
         while self._bytes > self._limit:
             self._bytes -= _bytes(self._rows.popitem(last=False)[1])
         return rows
-
-    def _warn(self, texts: Sequence[str], lost: Sequence[int]) -> None:
-        worst = max(range(len(lost)), key=lambda index: lost[index])
-        if self._warned or lost[worst] <= 0:
-            return
-        self._warned = True
-        _log.warning(
-            "A text is too long for '%s', and its last %d tokens are lost; it starts with '%s'. Other long texts are "
-            "cut without a word.",
-            self._name,
-            lost[worst],
-            texts[worst][:60],
-        )
 
 
 _memories: weakref.WeakValueDictionary[tuple[str, str], _Memory] = weakref.WeakValueDictionary()
@@ -95,15 +81,17 @@ class FrozenText(Conditioner):
 
     Args:
         config: Options; conditioners of equal ones share an encoder.
+        model: Which encoder they name, for messages.
     """
 
     accepts: ClassVar[Literal["label", "text"]] = "text"
     name: ClassVar[str]
     _place: Tensor
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, model: str) -> None:
         super().__init__()
         self.config = config
+        self._model = model
         self._memory: tuple[torch.device, _Memory] | None = None
         # Follows the module to its device and type, which it could not know without a tensor.
         self.register_buffer("_place", torch.zeros(1), persistent=False)
@@ -163,7 +151,7 @@ class FrozenText(Conditioner):
             memory = _memories.get(key)
             if memory is None:
                 with torch.device("cpu"):
-                    memory = _Memory(self.open(device), device, self.config.cache, self.name)
+                    memory = _Memory(self.open(device), device, self.config.cache, f"'{self.name}' ({self._model})")
                 _memories[key] = memory
             self._memory = (device, memory)
         return self._memory[1]

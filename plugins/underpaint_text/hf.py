@@ -39,7 +39,7 @@ class HuggingFaceText(FrozenText):
     config: HuggingFaceTextConfig
 
     def __init__(self, config: HuggingFaceTextConfig, *, width: int, classes: int) -> None:
-        super().__init__(config)
+        super().__init__(config, config.folder)
         whole = _read_config(_located(config.folder))
         text = getattr(whole, "text_config", whole)
         kind = _class_name(whole)

@@ -36,7 +36,7 @@ class OpenClipText(FrozenText):
     config: OpenClipTextConfig
 
     def __init__(self, config: OpenClipTextConfig, *, width: int, classes: int) -> None:
-        super().__init__(config)
+        super().__init__(config, config.model)
         cfg = _served(config.model)
         known = open_clip.list_pretrained_tags_by_model(config.model)
         if config.weights != "random" and not is_location(config.weights) and config.weights not in known:

@@ -159,6 +159,104 @@ def test_gflops_of_dits_paper(name: str, gmac: float) -> None:
     assert counted / 2e9 == pytest.approx(gmac, abs=0.006, rel=3e-4)
 
 
+def linear(inputs: int, outputs: int) -> int:
+    return inputs * outputs + outputs
+
+
+def time_and_ends(n: int, cells: int, out: int) -> int:
+    """Count the parameters around the blocks: patches, time, modulation of the output, head."""
+    return linear(cells, n) + linear(256, n) + linear(n, n) + linear(n, 2 * n) + linear(n, out)
+
+
+DEPTHS = {"S": 12, "B": 12, "L": 24, "XL": 28}
+
+
+@pytest.mark.parametrize(
+    ("family", "patch", "outputs", "companion"),
+    [("sit", 2, 1, 0)]
+    + [("dit", p, 2, 0) for p in (2, 4, 8)]
+    # REG's vector is DINOv2-B's.
+    + [("reg", p, 1, 768) for p in (1, 2)],
+)
+@pytest.mark.parametrize("size", WIDTHS)
+def test_sit_dit_and_reg_in_closed_form(family: str, size: str, patch: int, outputs: int, companion: int) -> None:
+    depth, n = DEPTHS[size], WIDTHS[size]
+    context: dict[str, Any] = F16 if patch == 1 else SD
+    cells, images = context["d"] * patch**2, (context["grid"][0] // patch) ** 2
+    tokens = images + bool(companion)
+    # Of a block: queries, keys, values and output, an MLP of four times the width, six vectors of the modulation.
+    block = 4 * linear(n, n) + linear(n, 4 * n) + linear(4 * n, n) + linear(n, 6 * n)
+    vector = linear(companion, n) + 2 * n + linear(n, companion) if companion else 0
+    model = labelled(f"{family}/{size}-{patch}", **context)
+    assert parameters(model) == depth * block + time_and_ends(n, cells, outputs * cells) + vector
+    # The token of REG's vector passes the blocks, and neither the patches nor the head of the latent.
+    layers = depth * (12 * tokens * n * n + 2 * tokens**2 * n + 6 * n * n)
+    ends = images * (1 + outputs) * cells * n + (256 * n + n * n) + 2 * n * n + 2 * companion * n
+    assert flops(model, **context, pooled=n) == 2 * (layers + ends)
+
+
+@pytest.mark.parametrize("size", WIDTHS)
+def test_flops_of_ditdh_in_closed_form(size: str) -> None:
+    d, cells, n, wide = 768, 256, WIDTHS[size], 2048
+
+    def block(width: int, conditions: int) -> int:
+        hidden = 8 * width // 3
+        mixing = cells * 4 * width**2 + 2 * cells**2 * width
+        return mixing + cells * 3 * width * hidden + conditions * 6 * width**2
+
+    # The head is modulated by a vector of each token, which the widened hidden states are.
+    head = 2 * block(wide, cells) + cells * (n * wide + d * wide + 2 * wide**2 + wide * d)
+    around = cells * d * n + 512 * n + n * n
+    context: dict[str, Any] = {"d": d, "grid": (16, 16)}
+    model = labelled(f"ditdh/{size}", **context)
+    assert flops(model, **context, pooled=n) == 2 * (DEPTHS[size] * block(n, 1) + head + around)
+
+
+def text_ends(n: int, cells: int, images: int, texts: int, pooled: int) -> int:
+    """Multiply-adds around the blocks: patches and head, tokens of 4096 channels, time and pooled text, modulation."""
+    return 2 * images * cells * n + texts * 4096 * n + (256 * n + n * n) + (pooled * n + n * n) + 2 * n * n
+
+
+@pytest.mark.parametrize(
+    ("name", "depth", "dual"),
+    # Depth and blocks with a second attention as published; the width is 64 times the depth.
+    [("sd3-medium", 24, 0), ("sd3.5-medium", 24, 13), ("sd3.5-large", 38, 0)],
+)
+def test_flops_of_stable_diffusion_3_in_closed_form(name: str, depth: int, dual: int) -> None:
+    # An image of 1024 px in tokens of 2×2 cells, with 77 tokens of CLIP and 77 of T5.
+    n, images, texts = 64 * depth, 64**2, 2 * 77
+    joint = 12 * (images + texts) * n * n + 2 * (images + texts) ** 2 * n + 2 * 6 * n * n
+    # The last block leaves the text's output, MLP and four of its six vectors out.
+    unused = texts * 9 * n * n + 4 * n * n
+    alone = images * 4 * n * n + 2 * images**2 * n + 3 * n * n
+    model = large(f"mmdit/{name}", **SD3)
+    counted = flops(model, **SD3, grid=(128, 128), length=texts)
+    ends = text_ends(n, 64, images, texts, 2048)
+    assert counted == 2 * (depth * joint - unused + dual * alone + ends)
+
+
+@pytest.mark.parametrize(
+    ("name", "double", "single", "n", "context", "side", "texts", "guided"),
+    # FLUX.1 at 1024 px with the published lengths of texts; AlignTok's 2 B at 256 px with 77 tokens.
+    [
+        ("dev", 19, 38, 3072, FLUX, 128, 512, True),
+        ("schnell", 19, 38, 3072, FLUX, 128, 256, False),
+        ("2b-1", 7, 15, 2048, {**FLUX, "d": 32}, 16, 77, False),
+    ],
+)
+def test_flops_of_flux_in_closed_form(
+    name: str, double: int, single: int, n: int, context: dict[str, Any], side: int, texts: int, guided: bool
+) -> None:
+    images, cells = (256, 32) if name == "2b-1" else (side**2 // 4, 64)
+    tokens = images + texts
+    # Both kinds of block multiply a token with twelve n×n matrices; a double one modulates two streams with six
+    # vectors each, a single one has three.
+    blocks = (double + single) * (12 * tokens * n * n + 2 * tokens**2 * n) + (12 * double + 3 * single) * n * n
+    strength = 256 * n + n * n if guided else 0
+    counted = flops(large(f"flux/{name}", **context), **context, grid=(side, side), length=texts)
+    assert counted == 2 * (blocks + text_ends(n, cells, images, texts, 768) + strength)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "grid", "length", "expected"),
     [

@@ -122,6 +122,86 @@ def test_bfloat16_hidden_states() -> None:
         assert got.item() == pytest.approx(exact.item(), abs=0.02)
 
 
+# ------------------------------------------------------------------------------------------------------- iREPA
+
+
+def convolved(loss: Any, tokens: Tensor, grid: tuple[int, int]) -> np.ndarray:
+    """In float64 numpy: each cell's 3×3 neighbours times the kernel, with zeros outside of the grid."""
+    kernel = loss.projector.weight.detach().double().numpy()
+    x = tokens.detach().double().numpy().reshape(len(tokens), *grid, -1)
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    out = np.zeros((len(x), *grid, len(kernel))) + loss.projector.bias.detach().double().numpy()
+    for i, j in np.ndindex(3, 3):
+        out += padded[:, i : i + grid[0], j : j + grid[1]] @ kernel[:, :, i, j].T
+    return out.reshape(len(x), grid[0] * grid[1], -1)
+
+
+def minus_mean_cosine(x: np.ndarray, y: np.ndarray) -> float:
+    return float(-((x * y).sum(-1) / np.linalg.norm(x, axis=-1) / np.linalg.norm(y, axis=-1)).mean())
+
+
+def normalised(tokens: np.ndarray, share: float) -> np.ndarray:
+    """B×N×C targets as iREPA's formula has them."""
+    mean = tokens.mean(axis=1, keepdims=True)
+    return (tokens - share * mean) / (tokens.std(axis=1, ddof=1, keepdims=True) + 1e-6)
+
+
+@pytest.mark.parametrize("companion", [False, True])
+def test_a_convolution_projects_the_map_of_tokens(companion: bool) -> None:
+    loss, given = make(projection="conv"), step(companion=companion)
+    features = targets(loss, given)
+    wanted, tokens = rows(features.maps[0]), hidden(given)
+    x = convolved(loss, tokens[:, companion:], (4, 6))
+    if companion:
+        assert features.pooled is not None
+        wanted = np.concatenate((features.pooled.double().numpy()[:, None], wanted), axis=1)
+        x = np.concatenate((convolved(loss, tokens[:, :1], (1, 1)), x), axis=1)
+    assert loss(given)["repa"].item() == pytest.approx(minus_mean_cosine(x, wanted), abs=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
+def test_targets_are_normalised_over_the_cells_in_closed_form(share: float) -> None:
+    loss, given = make(spatial=share), step(companion=True)
+    features = targets(loss, given)
+    assert features.pooled is not None
+    cells = normalised(rows(features.maps[0]), share)
+    wanted = np.concatenate((features.pooled.double().numpy()[:, None], cells), axis=1)
+    assert loss(given)["repa"].item() == pytest.approx(minus_cosine(loss, hidden(given), wanted), abs=1e-5)
+
+
+def test_targets_are_normalised_on_the_encoders_grid() -> None:
+    loss, given = make(spatial=0.5, projection="conv"), step(6, (8, 12))
+    cells = torch.from_numpy(normalised(rows(targets(loss, given).maps[0]), 0.5)).transpose(1, 2).unflatten(2, (4, 6))
+    wanted = rows(F.interpolate(cells, size=(2, 3), mode="bilinear", antialias=True))
+    x = convolved(loss, hidden(given), (2, 3))
+    assert loss(given)["repa"].item() == pytest.approx(minus_mean_cosine(x, wanted), abs=1e-5)
+
+
+def test_what_every_cell_shares_is_no_target_of_irepa() -> None:
+    loss, given = make(spatial=1.0), step()
+    before = loss(given)["repa"]
+    (encoder,) = loss._encoder
+    plain = encoder.forward
+    encoder.forward = lambda images: Features(tuple(3.0 * m + 5.0 for m in plain(images).maps), None)
+    assert loss(given)["repa"].item() == pytest.approx(before.item(), abs=1e-5)
+
+
+def test_the_convolution_learns_in_bfloat16_and_is_saved() -> None:
+    loss, given = make(projection="conv", spatial=0.8).bfloat16(), step()
+    loss(given)["repa"].backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in loss.parameters())
+    assert {name: tuple(p.shape) for name, p in loss.state_dict().items()} == {
+        "projector.weight": (16, 20, 3, 3),
+        "projector.bias": (16,),
+    }
+
+
+def test_targets_of_one_cell_have_no_deviation() -> None:
+    with pytest.raises(ConfigError, match="over the cells of an image, and the encoder .* gives one cell"):
+        make(attrs.evolve(SIZES, image=(8, 8)), spatial=1.0)
+    make(attrs.evolve(SIZES, image=(8, 8)))
+
+
 # ------------------------------------------------------------------------------------------------ what learns
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,17 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import underpaint
 from underpaint import Condition, Conditioner, ConfigError, DataError, LatentStatistics, NotFoundError, Tokenizer
+from underpaint.cli.main import main
 from underpaint.models.folders import save_generator
 from underpaint.models.generator import Generator
+from underpaint.registration.manager import manager
+from underpaint_text.lost import Losses, losses
 
 CLIP = "ViT-S-32-alt"
 WORDS = ["a", "red", "fox", "sits", "on", "two", "boats", "in", "the", "snow", "at", "dawn"]
@@ -303,19 +308,87 @@ def test_dropped_texts_get_the_condition_of_the_empty_text() -> None:
         assert torch.equal(got, torch.stack((given[0], null[0], given[2])))
 
 
-def test_long_texts_are_cut_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.fixture
+def told() -> Iterator[Losses]:
+    """What is said of long texts, with nothing said yet."""
+    losses.train(False)
+    yield losses
+    losses.train(False)
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Without what libraries say when they are first imported."""
+    return [record.getMessage() for record in caplog.records if record.name == "underpaint"]
+
+
+def test_long_texts_are_cut_and_each_says_what_it_lost(caplog: pytest.LogCaptureFixture, told: Losses) -> None:
     conditioner = make("text/open_clip", model=CLIP, weights="random")
     with caplog.at_level(logging.WARNING, logger="underpaint"):
-        first = conditioner(["red " * 90, "a red fox"])
-        conditioner(["fox " * 300])
-        make("text/open_clip", model=CLIP, weights="random")(["boat " * 300])
-    # Ninety words with start and end, in a context of 77.
-    assert len(caplog.records) == 1
-    assert "its last 15 tokens are lost; it starts with 'red red" in caplog.text
+        first = conditioner(["red " * 90, "a red fox", "fox " * 80])
+        make("text/open_clip", model=CLIP, weights="random")(["boat " * 300, "fox " * 80])
+    # With start and end, in a context of 77.
+    end = " tokens are lost; it starts with "
+    start = f"A text is too long for 'text/open_clip' ({CLIP}), and its last "
+    assert [message[: len(start) + len(end) + 7] for message in said(caplog)] == [
+        f"{start}15{end}'red ",
+        f"{start}5{end}'fox f",
+        f"{start}225{end}'boa",
+    ]
     close(conditioner(["red " * 75]).tokens[0], first.tokens[0])
 
 
-def test_length_of_transformers_texts_is_an_option(caplog: pytest.LogCaptureFixture) -> None:
+def test_several_encoders_each_say_what_was_lost(caplog: pytest.LogCaptureFixture, told: Losses) -> None:
+    parts = [
+        {"name": "text/open_clip", "options": {"model": CLIP, "weights": "random"}},
+        {"name": "text/hf", "options": {"folder": "random", "length": 8}, "pooled": False},
+    ]
+    with caplog.at_level(logging.WARNING, logger="underpaint"):
+        make("text/joint", parts=parts)(["fox " * 80])
+    assert [f"({CLIP}), and its last 5 tokens" in said(caplog)[0], len(said(caplog))] == [True, 2]
+    # 320 bytes and an end, in eight tokens.
+    assert "'text/hf' (random), and its last 313 tokens" in said(caplog)[1]
+
+
+def test_a_training_tells_a_few_long_texts_and_counts_the_others(
+    caplog: pytest.LogCaptureFixture, told: Losses, tmp_path: Path
+) -> None:
+    plugins = manager()
+    conditioner = make("text/hf", folder="random", length=8)
+    with caplog.at_level(logging.WARNING, logger="underpaint"):
+        plugins.call("on_train_start", folder=tmp_path, config={})
+        for index in range(50):
+            conditioner([f"{index:09}"])
+        assert len(said(caplog)) == 3
+        assert said(caplog)[2].endswith("starts with '000000002'. Further ones are counted.")
+        conditioner(["a" * 20])
+        plugins.call("on_stage_end", folder=tmp_path, stage="diffusion", step=5)
+        # 47 times nine bytes and an end, in eight tokens; and once twenty bytes.
+        (summary,) = said(caplog)[3:]
+        assert summary.startswith("Stage 'diffusion': Texts too long for 'text/hf' (random) that were counted: 48, ")
+        assert summary.endswith("which lost 107 tokens in all, and 13 at most.")
+        caplog.clear()
+        for index in range(50, 54):
+            conditioner([f"{index:09}"])
+        plugins.call("on_train_end", folder=tmp_path, error=None)
+        assert [message[:20] for message in said(caplog)] == ["A text is too long f"] * 3 + ["Texts too long for '"]
+        caplog.clear()
+        for index in range(54, 60):
+            conditioner([f"{index:09}"])
+    assert len(said(caplog)) == 6
+
+
+def test_all_captions_of_a_data_set_are_not_told_one_by_one(caplog: pytest.LogCaptureFixture, told: Losses) -> None:
+    with caplog.at_level(logging.WARNING, logger="underpaint"):
+        for index in range(150):
+            told.add("an encoder", str(index), index)
+        assert len(said(caplog)) == 100
+        told.sum_up()
+        told.sum_up()
+    (summary,) = said(caplog)[100:]
+    assert summary.endswith(f"that were counted: 50, which lost {sum(range(100, 150))} tokens in all, and 149 at most.")
+
+
+def test_length_of_transformers_texts_is_an_option(caplog: pytest.LogCaptureFixture, told: Losses) -> None:
     with caplog.at_level(logging.WARNING, logger="underpaint"):
         # ByT5 reads bytes and adds an end.
         condition = make("text/hf", folder="random", length=8)(["123456789"])
@@ -473,7 +546,7 @@ def test_conditions_a_backbone(name: str) -> None:
     torch.testing.assert_close(backbone(x, t, both).velocity, velocity, rtol=0, atol=1e-5)
 
 
-def test_generator_folders_hold_no_encoder(tmp_path: Path) -> None:
+def test_generator_folders_hold_no_encoder(tmp_path: Path, caplog: pytest.LogCaptureFixture, told: Losses) -> None:
     torch.manual_seed(0)
     encoder: Any = underpaint.create("encoder", "tiny/vit@random", width=32, depth=1, heads=2)
     adapter: Any = underpaint.create("adapter", "aligntok/mlp", in_channels=encoder.info.channels, latent_channels=4)
@@ -495,3 +568,9 @@ def test_generator_folders_hold_no_encoder(tmp_path: Path) -> None:
     assert all(name.startswith("backbone.") for name in load_file(tmp_path / "g" / "model.safetensors"))
     again = underpaint.load(tmp_path / "g")
     assert torch.equal(again.latents(["snow"], seeds=[1]), generator.latents(["snow"], seeds=[1]))
+    prompts = ["--text", "snow " * 80, "--text", "a fox", "--text", "fox " * 90]
+    where = ["--out", str(tmp_path / "out"), "--count", "6", "--batch", "2", "--steps", "1", "--device", "cpu"]
+    with caplog.at_level(logging.WARNING, logger="underpaint"):
+        done = CliRunner().invoke(main, ["sample", str(tmp_path / "g"), *where, *prompts])
+    assert done.exit_code == 0, done.output
+    assert [message.partition("its last ")[2][:9] for message in said(caplog)] == ["5 tokens ", "15 tokens"]

@@ -52,6 +52,7 @@ MMDIT = {"name": "mmdit/d6-1", "width": 32, "depth": 1, "heads": 2}
 TEXT = {"name": "text/hf", "folder": "random", "length": 8}
 VIT = {"name": "tiny/vit@random", "width": 32, "depth": 2, "heads": 2}
 REG = {"name": "reg/S-1", "width": 32, "depth": 2, "heads": 2, "companion": 32}
+REPA = {"name": "repa", "encoder": VIT["name"], "layer": 0}
 LEARNT = ["velocity", {"name": "companion", "weight": 0.03}]
 
 CASES: list[tuple[dict[str, Any], str]] = [
@@ -105,6 +106,39 @@ def test_parts_that_do_not_fit_are_refused_before_the_tokenizer_is_trained(
     assert message in train(tmp_path, **changes)
 
 
+DENOISER = {"backbone": SIT, "conditioner": "labels", "losses": ["velocity", REPA]}
+NO_STATES = "stages[2].denoiser.losses has no loss that reads hidden states of the backbone"
+
+JOINT_CASES: list[tuple[dict[str, Any], str]] = [
+    ({"backbone": {**SIT, "name": "sit/S-8", "patch": 8}}, "A latent of 4×4 cells does not divide into patches of 8×8"),
+    ({"backbone": MMDIT}, "read tokens, and the conditioner gives none; choose one for texts"),
+    ({"backbone": REG}, "stages[2].denoiser.backbone 'reg/S-1' denoises a companion vector, which a stage cannot"),
+    ({"backbone": MMDIT, "conditioner": {**TEXT, "folder": "no/such/folder"}}, "There is no text encoder in 'no/such"),
+    ({"losses": ["velocity"]}, NO_STATES),
+    ({"losses": ["velocity", "l1"]}, "stages[2].denoiser.losses[1]: the loss 'l1' needs images"),
+    (
+        {"losses": ["velocity", {**REPA, "layer": 5}]},
+        "reads the hidden states after block 5, and the backbone 'sit/S-1' has blocks 0 to 1",
+    ),
+    ({"losses": ["velocity", {**REPA, "options": {"patch": 64}}]}, "32×32 px do not divide"),
+    ({"losses": ["velocity", {**REPA, "encoder": "file:no/such"}]}, "no/such"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), JOINT_CASES, ids=[message[:40] for _, message in JOINT_CASES])
+def test_the_diffusion_model_of_a_later_stage_is_refused_before_the_first_one_is_trained(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    assert message in train_joint(tmp_path, changes)
+
+
+def train_joint(folder: Path, changes: dict[str, Any], **others: Any) -> str:
+    """Run the tiny recipe with a denoiser in its last stage, and return why it was refused."""
+    *earlier, last = TINY["stages"]
+    stage = {**last, "trains": ["adapter", "decoder"], "denoiser": {**DENOISER, **changes}}
+    return train(folder, stages=[*earlier, stage], **others)
+
+
 def test_a_mended_recipe_runs_in_the_same_folder(tmp_path: Path) -> None:
     train(tmp_path, **{"diffusion.backbone": {**SIT, "patch": 3}})
     assert (tmp_path / "run" / "config.yaml").is_file()
@@ -140,6 +174,8 @@ def test_captions_that_the_data_lack(tmp_path: Path) -> None:
     told = parquet(images(tmp_path, "told.parquet", labels, ["a boat"] * 12))
     by_text = {"diffusion.backbone": MMDIT, "diffusion.conditioner": TEXT}
     message = train(tmp_path, **by_text, **{"data.train": bare})
+    assert "needs captions, and the data set has none; use 'labels', or data with texts" in message
+    message = train_joint(tmp_path, {"backbone": MMDIT, "conditioner": TEXT}, **{"data.train": bare})
     assert "needs captions, and the data set has none; use 'labels', or data with texts" in message
     message = train(tmp_path, **by_text, **{"data.train": told, "data.validation": bare})
     assert "the validation set, for whose captions samples are drawn, has none; give data.validation" in message

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import underpaint
-from underpaint import Condition
+from underpaint import Condition, ConfigError
 from underpaint.config.component import ComponentConfig
 from underpaint.config.data import LatentsConfig
 from underpaint.config.diffusion import DiffusionConfig
@@ -64,6 +64,14 @@ def test_small_ones_load_what_another_recipe_leaves(name: str, tokenizer: str) -
     recipe = load_recipe(f"recipe:{name}")
     assert recipe.tokenizer.load == f"runs/{tokenizer}/tokenizer"
     assert recipe.data.size == load_recipe(f"recipe:{tokenizer}").data.size == 64
+
+
+def test_irepa_is_repa_with_two_options() -> None:
+    overrides = ["diffusion.losses.repa.projection=conv", "diffusion.losses.repa.spatial=1.0"]
+    recipe = load_recipe("recipe:repa", overrides)
+    assert diffusion(recipe).losses[1].options == {"encoder": "dinov2-b", "projection": "conv", "spatial": 1.0}
+    with pytest.raises(ConfigError, match="spatial"):
+        load_recipe("recipe:repa", ["diffusion.losses.repa.spatial=2"])
 
 
 EPOCH = 1_281_167 // 1024

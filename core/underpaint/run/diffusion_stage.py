@@ -19,7 +19,7 @@ from underpaint.data.loader import Batch
 from underpaint.data.order import Blocks
 from underpaint.data.transforms import to_tensor
 from underpaint.diffusion.guidance import check_guidance, null_condition
-from underpaint.errors import ConfigError, DataError
+from underpaint.errors import DataError
 from underpaint.evaluation.measure import check_sampling
 from underpaint.interfaces.backbone import Backbone
 from underpaint.interfaces.encoder import Encoder
@@ -34,7 +34,13 @@ from underpaint.run.data import RunData
 from underpaint.run.joint_stage import take_denoiser
 from underpaint.run.session import Session
 from underpaint.run.training import StagePlan, train_stage
-from underpaint.training.diffusion_stage import DiffusionModule, StepNoise, check_companion, diffusion_losses
+from underpaint.training.diffusion_stage import (
+    DiffusionModule,
+    StepNoise,
+    check_companion,
+    check_layers,
+    diffusion_losses,
+)
 from underpaint.training.engine import Engine
 from underpaint.training.flops import count_flops
 from underpaint.training.latent_batches import LatentBatch, latent_batches
@@ -83,15 +89,7 @@ def _check_learning(config: DiffusionConfig, backbone: Backbone, sizes: StepSize
     with torch.random.fork_rng(devices=[]):
         check_companion(config.backbone.name, backbone, _companion(config.companion, cpu), sizes.image)
         losses = diffusion_losses(config, cpu, sizes)
-    blocks = len(backbone.blocks())
-    for item in losses.items:
-        for layer in item.loss.layers:
-            if blocks and layer >= blocks:
-                raise ConfigError(
-                    f"The loss '{item.config.name}' reads the hidden states after block {layer}, and the backbone "
-                    f"'{config.backbone.name}' has blocks 0 to {blocks - 1}; set the loss's option 'layer' to one of "
-                    "them."
-                )
+    check_layers(losses, config.backbone.name, backbone)
 
 
 def run_diffusion_stage(session: Session, tokenizer: Tokenizer, cache: LatentCache) -> LoopResult:

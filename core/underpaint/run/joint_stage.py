@@ -8,6 +8,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from underpaint.config.schema import Recipe
 from underpaint.data.loader import Batch
 from underpaint.errors import ConfigError
 from underpaint.interfaces.loss import StepSizes
@@ -15,33 +16,72 @@ from underpaint.models.build import build_generator_parts
 from underpaint.models.folders import copy_generator, load_folder, save_generator
 from underpaint.models.generator import Generator, SamplingSettings
 from underpaint.models.tokenizer import Tokenizer
+from underpaint.run.data import RunData
 from underpaint.run.session import Session
-from underpaint.training.diffusion_stage import DiffusionModule, StepNoise, diffusion_losses
+from underpaint.training.diffusion_stage import DiffusionModule, StepNoise, check_layers, diffusion_losses
 from underpaint.training.heads import differences
 from underpaint.training.joint_stage import JointModule, LatentNorm, running_statistics
-from underpaint.training.tokenizer_stage import TokenizerModule
+from underpaint.training.tokenizer_stage import TokenizerModule, tokenizer_sizes
 
-__all__ = ["Partner", "take_denoiser"]
+__all__ = ["Partner", "check_denoiser", "take_denoiser"]
+
+
+def check_denoiser(recipe: Recipe, index: int, tokenizer: Tokenizer, data: RunData) -> None:
+    """Refuse a stage's diffusion model that cannot be made for this tokenizer and data, before any stage is trained.
+
+    Args:
+        recipe: The recipe.
+        index: Which stage of it, one with a denoiser.
+        tokenizer: The recipe's, of any weights.
+        data: The images.
+
+    Raises:
+        ConfigError: Backbone, losses and tokenizer do not fit each other, or nothing would reach the tokenizer.
+        DataError: The conditioner needs captions that the data set lacks, or a part needs files that are not there.
+    """
+    config, path = recipe.stages[index].diffusion(), _path(index)
+    sizes = tokenizer_sizes(tokenizer, data.config.height, data.config.width)
+    # On the meta device it takes no memory for weights.
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        backbone, _ = build_generator_parts(
+            config,
+            tokenizer,
+            grid=sizes.grid,
+            classes=len(data.classes),
+            has_text=data.train.has_text,
+            seed=0,
+            path=path,
+        )
+    name = config.backbone.name
+    if backbone.companion:
+        raise ConfigError(
+            f"{path}.backbone '{name}' denoises a companion vector, which a stage cannot give it; "
+            "take a backbone without one, such as 'sit/XL-1'."
+        )
+    with torch.random.fork_rng(devices=[]):
+        losses = diffusion_losses(config, torch.device("cpu"), attrs.evolve(sizes, hidden_width=backbone.width), path)
+    if not any(item.aligns for item in losses.items):
+        raise ConfigError(
+            f"{path}.losses has no loss that reads hidden states of the backbone, so nothing of it would reach the "
+            "tokenizer; add {name: repa, weight: 0.5, encoder: …}, or train the diffusion model in 'diffusion'."
+        )
+    check_layers(losses, name, backbone)
 
 
 class Partner:
-    """The diffusion model that trains with the tokenizer of a stage.
+    """The diffusion model that trains with the tokenizer of a stage, as `check_denoiser` lets it pass.
 
     Args:
         session: The run.
         index: Which stage of the recipe.
         tokenizer: Whose latents it is trained on.
         sizes: Those of the tokenizer and of the images.
-
-    Raises:
-        ConfigError: Backbone, losses and tokenizer do not fit each other, or nothing would reach the tokenizer.
-        DataError: The conditioner needs captions that the data set lacks.
     """
 
     def __init__(self, session: Session, index: int, tokenizer: Tokenizer, sizes: StepSizes) -> None:
         stage, data = session.recipe.stages[index], session.data
         assert stage.denoiser is not None
-        config, path = stage.diffusion(), f"stages[{index}].denoiser"
+        config, path = stage.diffusion(), _path(index)
         self._session = session
         self._stage = stage
         backbone, conditioner = build_generator_parts(
@@ -53,18 +93,8 @@ class Partner:
             seed=session.stage_seed(index),
             path=path,
         )
-        if backbone.companion:
-            raise ConfigError(
-                f"{path}.backbone '{config.backbone.name}' denoises a companion vector, which a stage cannot give it; "
-                "take a backbone without one, such as 'sit/XL-1'."
-            )
         device = session.ranks.device
         losses = diffusion_losses(config, device, attrs.evolve(sizes, hidden_width=backbone.width), path)
-        if not any(item.aligns for item in losses.items):
-            raise ConfigError(
-                f"{path}.losses has no loss that reads hidden states of the backbone, so nothing of it would reach the "
-                "tokenizer; add {name: repa, weight: 0.5, encoder: …}, or train the diffusion model in 'diffusion'."
-            )
         self.blocks: Sequence[nn.Module] = backbone.blocks() or [backbone]
         self._text = conditioner.accepts == "text"
         self._denoiser = DiffusionModule(backbone, conditioner, losses, path=config.path, predicts=config.predicts)
@@ -125,6 +155,10 @@ class Partner:
         own = {name.removeprefix("denoiser."): tensor for name, tensor in state.items()}
         parts = {name: tensor for name, tensor in own.items() if name.startswith(("backbone.", "conditioner."))}
         save_generator(copy_generator(generator, parts), self._session.folder.stage(stage.name) / "generator")
+
+
+def _path(index: int) -> str:
+    return f"stages[{index}].denoiser"
 
 
 def take_denoiser(session: Session, start: str, module: DiffusionModule) -> None:

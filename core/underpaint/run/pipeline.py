@@ -30,6 +30,7 @@ from underpaint.run import provenance
 from underpaint.run.data import RunData, build_cache, cache_statistics, check_sizes, open_run_data
 from underpaint.run.diffusion_stage import check_diffusion, run_diffusion_stage
 from underpaint.run.folder import RunFolder
+from underpaint.run.joint_stage import check_denoiser
 from underpaint.run.notes import write_notes
 from underpaint.run.session import Session
 from underpaint.run.tokenizer_stage import run_tokenizer_stage
@@ -118,6 +119,9 @@ def _run(session: Session, until: str | None) -> None:
     tokenizer = build_tokenizer(recipe.tokenizer, recipe.seed)
     tokenizer.grid(data.config.height, data.config.width)
     check_sizes(data, tokenizer.stride)
+    for index, stage in enumerate(recipe.stages):
+        if stage.denoiser is not None:
+            check_denoiser(recipe, index, tokenizer, data)
     if recipe.diffusion is not None:
         check_diffusion(recipe, tokenizer, data)
     metrics = make_metrics(recipe.evaluation.reconstruction, ranks.device)

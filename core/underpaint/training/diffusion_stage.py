@@ -19,7 +19,7 @@ from underpaint.interfaces.encoder import Encoder
 from underpaint.interfaces.loss import StepSizes, StepTensors
 from underpaint.training.terms import WeightedLosses
 
-__all__ = ["DiffusionModule", "StepNoise", "check_companion", "diffusion_losses"]
+__all__ = ["DiffusionModule", "StepNoise", "check_companion", "check_layers", "diffusion_losses"]
 
 
 class StepNoise:
@@ -138,6 +138,22 @@ def check_companion(name: str, backbone: Backbone, encoder: Encoder | None, imag
             f"diffusion.companion names the encoder '{encoder.spec.name}', which {found}, and the backbone '{name}' "
             f"denoises a companion of {wanted}; choose an encoder that fits{advice}."
         )
+
+
+def check_layers(losses: WeightedLosses, name: str, backbone: Backbone) -> None:
+    """Refuse losses that read the hidden states of blocks which the backbone, registered as `name`, does not have.
+
+    Raises:
+        ConfigError: The message says which blocks there are.
+    """
+    blocks = len(backbone.blocks())
+    for item in losses.items:
+        for layer in item.loss.layers:
+            if blocks and layer >= blocks:
+                raise ConfigError(
+                    f"The loss '{item.config.name}' reads the hidden states after block {layer}, and the backbone "
+                    f"'{name}' has blocks 0 to {blocks - 1}; set the loss's option 'layer' to one of them."
+                )
 
 
 class DiffusionModule(nn.Module):
