@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import underpaint
-from underpaint import ConfigError, Encoder, Features
+from underpaint import ConfigError, DataError, Encoder, Features
 from underpaint_critics.adversary import Adversary, Judgement
 from underpaint_critics.config import ProjectedConfig
 from underpaint_critics.diffaugment import DiffAugment
@@ -41,6 +41,17 @@ class _Head(nn.Module):
         x = (self.second(x) + x) * 0.5**0.5
         result: Tensor = self.logit(x)
         return result
+
+
+def _create(name: str, options: Mapping[str, Any]) -> Encoder:
+    try:
+        encoder: Encoder = underpaint.create("encoder", name, **options)
+    except DataError as error:
+        raise DataError(
+            f"{error} A critic on the encoder of this package needs no files: set its options encoder: tiny/vit, "
+            "layers: [1, 3, 5], options: {}, summary: pooled."
+        ) from error
+    return encoder
 
 
 class _Heads(nn.Module):
@@ -84,7 +95,7 @@ class Projected(Adversary):
         options: dict[str, Any] = dict(config.options)
         if config.layers is not None:
             options["layers"] = config.layers
-        encoder: Encoder = underpaint.create("encoder", config.encoder, **options)
+        encoder = _create(config.encoder, options)
         info = encoder.info
         channels = info.channels + (info.channels[-1:] if config.second_last_head else ())
         super().__init__(config, _Heads(channels, config.virtual_batch))

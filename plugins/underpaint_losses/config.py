@@ -30,13 +30,13 @@ class FeaturesConfig:
     """Options of ``features``.
 
     Attributes:
-        encoder: Registered name of the encoder, with its weights.
+        encoder: Registered name of the encoder, with its weights; the default needs no files.
         layers: Layers whose maps are compared, handed to the encoder as its option of that name; None leaves the
             encoder its own choice.
         options: Further options of the encoder.
     """
 
-    encoder: str
+    encoder: str = "tiny/vit"
     layers: tuple[int, ...] | None = attrs.field(default=None, validator=v.optional(v.min_len(1)))
     options: Mapping[str, Any] = attrs.field(factory=dict)
 

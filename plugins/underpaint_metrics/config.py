@@ -35,7 +35,7 @@ class FrechetConfig:
     """Options of ``frechet``.
 
     Attributes:
-        encoder: Registered name of the encoder whose features are compared.
+        encoder: Registered name of the encoder whose features are compared; the default needs no files.
         options: Options of that encoder.
         features: ``pooled`` takes the encoder's summary of the image, ``mean`` the mean of its deepest
             feature map over the cells.
@@ -43,7 +43,7 @@ class FrechetConfig:
             of reference images.
     """
 
-    encoder: str
+    encoder: str = "tiny/vit"
     options: Mapping[str, Any] = attrs.field(factory=dict)
     features: Literal["pooled", "mean"] = "pooled"
     reference: str | None = None

@@ -22,13 +22,15 @@ class Losses:
     def __init__(self) -> None:
         self._training = False
         self._told: Counter[str] = Counter()
-        self._untold: dict[str, list[int]] = {}
+        # Texts, tokens in all, and the most of one text: a data set may have millions.
+        self._untold: dict[str, tuple[int, int, int]] = {}
 
     def add(self, encoder: str, text: str, tokens: int) -> None:
         """Take note of a text that lost its last `tokens` tokens in `encoder`."""
         limit = _FEW if self._training else _MANY
         if self._told[encoder] >= limit:
-            self._untold.setdefault(encoder, []).append(tokens)
+            count, total, most = self._untold.get(encoder, (0, 0, 0))
+            self._untold[encoder] = count + 1, total + tokens, max(most, tokens)
             return
         self._told[encoder] += 1
         _log.warning(
@@ -41,14 +43,14 @@ class Losses:
 
     def sum_up(self, where: str = "") -> None:
         """Say how many texts were not told one by one, and begin anew."""
-        for encoder, tokens in self._untold.items():
+        for encoder, (count, total, most) in self._untold.items():
             _log.warning(
                 "%sTexts too long for %s that were counted: %d, which lost %d tokens in all, and %d at most.",
                 where,
                 encoder,
-                len(tokens),
-                sum(tokens),
-                max(tokens),
+                count,
+                total,
+                most,
             )
         self._told.clear()
         self._untold.clear()

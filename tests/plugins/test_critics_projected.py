@@ -383,3 +383,14 @@ def test_taps_are_those_of_vfm_vae() -> None:
     assert len(maps) == 4
     for got, expected in zip(maps, wanted, strict=True):
         torch.testing.assert_close(got, expected, atol=1e-9, rtol=1e-9)
+
+
+def test_without_its_weights_the_encoder_of_the_package_is_named() -> None:
+    given: dict[str, Any] = {
+        "encoder": "timm/vit_small_patch16_224@file:nowhere.safetensors",
+        "options": {"tag": "dino"},
+    }
+    with pytest.raises(DataError, match=r"nowhere.safetensors.*needs no files: set its options encoder: tiny/vit"):
+        underpaint.create("loss", "critics/projected", **given)
+    named: dict[str, Any] = {"encoder": "tiny/vit", "layers": (1, 3, 5), "options": {}, "summary": "pooled"}
+    assert isinstance(underpaint.create("loss", "critics/projected", **named), AdversarialLoss)
