@@ -36,6 +36,7 @@ class DDIM(Sampler):
 
     def __init__(self, config: DDIMConfig) -> None:
         self._config = config
+        self.needs_variance = config.variance == "learned"
 
     def grid(self, noise: Tensor) -> list[float]:
         """Return the ``steps + 1`` noise fractions down to 0, after the shift."""
@@ -51,7 +52,7 @@ class DDIM(Sampler):
         Raises:
             ConfigError: The variance is to be the learned one, and the backbone has learned none.
         """
-        eta, learned = self._config.eta, self._config.variance == "learned"
+        eta, learned = self._config.eta, self.needs_variance
         if learned and not isinstance(field, VarianceField):
             raise ConfigError(
                 "The sampler's variance is 'learned', and the backbone gives none (those of DiT do); set variance to "

@@ -109,6 +109,12 @@ def test_every_shipped_recipe_is_valid_and_survives_a_round_trip(name: str) -> N
     assert recipe.about
 
 
+def test_fp8_without_a_diffusion_model_is_refused() -> None:
+    plain = apply_overrides(minimal(), ["engine.precision=fp8"])
+    with pytest.raises(ConfigError, match="engine.precision is 'fp8', which is for .* diffusion is null"):
+        recipe_from_plain(plain)
+
+
 def test_dumped_recipe_reads_back(tmp_path: Path) -> None:
     recipe = recipe_from_plain(minimal())
     path = tmp_path / "config.yaml"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import importlib.util
 
 import pytest
 import torch
@@ -77,7 +77,7 @@ def test_nothing_that_fits_is_said() -> None:
 
 
 def test_without_torchao_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torchao.float8", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     network = Network()
     with pytest.raises(ConfigError, match=r"pip install 'underpaint\[fp8\]'"):
         use_fp8([network], lambda: network(torch.zeros(1, 32, 64)), emulate=True)

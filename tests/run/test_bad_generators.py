@@ -94,6 +94,12 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ),
     ({"diffusion.losses": ["l1"]}, "reconstruction"),
     ({"evaluation.sampler": {"name": "euler", "steps": 0}}, "steps"),
+    (
+        {"evaluation.sampler": {"name": "ddpm", "variance": "learned", "schedule": "discrete"}},
+        "The sampler 'ddpm' needs a variance that the backbone has learned, and this one has none (those of DiT have)",
+    ),
+    ({"engine.precision": "fp8"}, "fp8 was asked for, and the CPU has no matrix products in 8 bits; use bf16"),
+    ({"evaluation.precision": "fp8"}, "fp8 was asked for, and the CPU has no matrix products in 8 bits; use bf16"),
     ({"evaluation.generation": ["psnr"]}, "'psnr' compares image by image and cannot measure samples"),
     ({"evaluation.guidance": {"scale": 2.0, "weak": "no/such/folder"}}, "'no/such/folder' does not exist"),
 ]

@@ -100,6 +100,11 @@ class Recipe:
                 f"diffusion.start is '{start}', which is no stage that trains a denoiser; those that do: "
                 f"{', '.join(joint) or 'none'}."
             )
+        if self.diffusion is None and self.engine.precision == "fp8":
+            raise ConfigError(
+                "engine.precision is 'fp8', which is for the blocks of a diffusion backbone, and diffusion is null; set "
+                "it to 'bf16'."
+            )
         guidance = self.evaluation.guidance
         if self.diffusion is not None and self.diffusion.dropout == 0.0 and guidance.scale != 1.0 and not guidance.weak:
             raise ConfigError(

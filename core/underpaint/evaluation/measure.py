@@ -18,6 +18,8 @@ from underpaint.data.transforms import to_tensor, to_uint8
 from underpaint.errors import ConfigError, DataError
 from underpaint.evaluation.protocol import Number
 from underpaint.interfaces.metric import Metric
+from underpaint.interfaces.sampler import Sampler
+from underpaint.models.fp8 import check_fp8
 from underpaint.models.generator import Generator, SamplingSettings, load_weaker
 from underpaint.models.tokenizer import Tokenizer
 from underpaint.registration.manager import manager
@@ -54,14 +56,27 @@ def make_metrics(configs: Sequence[ComponentConfig], device: torch.device) -> li
     return metrics
 
 
-def check_sampling(config: EvaluationConfig) -> None:
+def check_sampling(config: EvaluationConfig, device: torch.device, *, variance: bool) -> None:
     """Refuse settings by which no sample could be drawn or measured, before hours go into the generator.
+
+    Args:
+        config: The settings.
+        device: Where samples will be drawn.
+        variance: Whether the backbone has learned one.
 
     Raises:
         ConfigError: Of the sampler, a metric or the weaker model.
         DataError: A metric needs files that are not there.
     """
-    manager().create("sampler", config.sampler.name, **config.sampler.options)
+    sampler = manager().create("sampler", config.sampler.name, **config.sampler.options)
+    assert isinstance(sampler, Sampler)
+    if sampler.needs_variance and not variance:
+        raise ConfigError(
+            f"The sampler '{config.sampler.name}' needs a variance that the backbone has learned, and this one has "
+            "none (those of DiT have); set its option variance to 'posterior'."
+        )
+    if config.precision == "fp8":
+        check_fp8(device)
     _check_unpaired(make_metrics(config.generation, torch.device("cpu")))
     if config.guidance.scale != 1.0 and config.guidance.weak is not None:
         load_weaker(config.guidance.weak)

@@ -40,7 +40,13 @@ Those of a sample follow from its own seed and the count of the calls, not from 
 
 
 class Sampler(Component, ABC):
-    """Integrates dx/dt = velocity from t = 1 (noise) to t = 0 (data)."""
+    """Integrates dx/dt = velocity from t = 1 (noise) to t = 0 (data).
+
+    Attributes:
+        needs_variance: Whether the field has to be a `VarianceField`.
+    """
+
+    needs_variance: bool = False
 
     @abstractmethod
     def sample(self, field: VelocityField, noise: Tensor, fresh: FreshNoise) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Callable, Iterable
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from underpaint.errors import ConfigError
 
-__all__ = ["use_fp8"]
+__all__ = ["check_fp8", "use_fp8"]
 
 _MULTIPLE = 16
 """What the kernels want each side of a product to be a multiple of."""
@@ -39,13 +40,10 @@ def use_fp8(modules: Iterable[nn.Module], run: Callable[[], object], *, emulate:
     chosen = list(modules)
     layers = [layer for module in chosen for layer in module.modules() if type(layer) is nn.Linear]
     if not emulate:
-        _check_device(layers)
-    try:
-        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-    except ImportError:
-        raise ConfigError(
-            "fp8 was asked for, and torchao is not installed; install it with: pip install 'underpaint[fp8]'."
-        ) from None
+        check_fp8(layers[0].weight.device if layers else torch.device("cpu"))
+    _check_library()
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
     fitting = _fitting(layers, run)
     if not fitting:
         raise ConfigError(
@@ -58,11 +56,23 @@ def use_fp8(modules: Iterable[nn.Module], run: Callable[[], object], *, emulate:
     return len(fitting)
 
 
-def _check_device(layers: list[nn.Linear]) -> None:
-    device = layers[0].weight.device if layers else torch.device("cpu")
+def check_fp8(device: torch.device) -> None:
+    """Refuse a device without matrix products in 8 bits.
+
+    Raises:
+        ConfigError: It has none, or torchao is not installed.
+    """
+    _check_library()
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
         raise ConfigError(f"fp8 was asked for, and {name} has no matrix products in 8 bits; use bf16.")
+
+
+def _check_library() -> None:
+    if importlib.util.find_spec("torchao") is None:
+        raise ConfigError(
+            "fp8 was asked for, and torchao is not installed; install it with: pip install 'underpaint[fp8]'."
+        )
 
 
 def _fitting(layers: list[nn.Linear], run: Callable[[], object]) -> set[nn.Linear]:

@@ -26,7 +26,7 @@ from underpaint.interfaces.encoder import Encoder
 from underpaint.interfaces.loss import StepSizes
 from underpaint.models.build import build_generator_parts
 from underpaint.models.folders import copy_generator, save_generator
-from underpaint.models.fp8 import use_fp8
+from underpaint.models.fp8 import check_fp8, use_fp8
 from underpaint.models.generator import Generator, SamplingSettings
 from underpaint.models.tokenizer import Tokenizer
 from underpaint.registration.manager import manager
@@ -52,12 +52,12 @@ __all__ = ["check_diffusion", "latent_images", "run_diffusion_stage"]
 _PARTS = ("backbone.", "conditioner.")
 
 
-def check_diffusion(recipe: Recipe, tokenizer: Tokenizer, data: RunData) -> None:
+def check_diffusion(recipe: Recipe, tokenizer: Tokenizer, data: RunData, device: torch.device) -> None:
     """Refuse a diffusion model that cannot be made for this tokenizer and data, before hours go into the tokenizer.
 
     Raises:
         ConfigError: Backbone, conditioner, losses, companion, guidance, sampler, metrics of samples and latents do not
-            fit each other.
+            fit each other, or the device cannot compute as the recipe asks.
         DataError: The conditioner needs captions, and there are none to train on or to sample for; or a part needs
             files that are not there.
     """
@@ -81,7 +81,9 @@ def check_diffusion(recipe: Recipe, tokenizer: Tokenizer, data: RunData) -> None
         null_condition(conditioner, 1, torch.device("meta"))
     sizes = StepSizes(image=image, latent_channels=tokenizer.latent_channels, grid=grid, hidden_width=backbone.width)
     _check_learning(config, backbone, sizes)
-    check_sampling(recipe.evaluation)
+    check_sampling(recipe.evaluation, device, variance=backbone.variance)
+    if recipe.engine.precision == "fp8":
+        check_fp8(device)
 
 
 def _check_learning(config: DiffusionConfig, backbone: Backbone, sizes: StepSizes) -> None:

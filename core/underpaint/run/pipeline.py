@@ -123,7 +123,7 @@ def _run(session: Session, until: str | None) -> None:
         if stage.denoiser is not None:
             check_denoiser(recipe, index, tokenizer, data)
     if recipe.diffusion is not None:
-        check_diffusion(recipe, tokenizer, data)
+        check_diffusion(recipe, tokenizer, data, ranks.device)
     metrics = make_metrics(recipe.evaluation.reconstruction, ranks.device)
     # A decoder that nothing has trained yet shows noise.
     decodes = recipe.tokenizer.load is not None
