@@ -102,8 +102,8 @@ class Recipe:
             )
         if self.diffusion is None and self.engine.precision == "fp8":
             raise ConfigError(
-                "engine.precision is 'fp8', which is for the blocks of a diffusion backbone, and diffusion is null; set "
-                "it to 'bf16'."
+                "engine.precision is 'fp8', which is for the blocks of a diffusion backbone, and diffusion is null; "
+                "set it to 'bf16'."
             )
         guidance = self.evaluation.guidance
         if self.diffusion is not None and self.diffusion.dropout == 0.0 and guidance.scale != 1.0 and not guidance.weak:
