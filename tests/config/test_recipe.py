@@ -93,6 +93,8 @@ def test_overrides_reach_names_indices_and_bare_components() -> None:
         ("stages.align.name=latents", "none of start, latents"),
         ("data.holdout=1.5", "holdout"),
         ("data.resize=8", "resize to at least its longer side"),
+        ("data.zoom=[0.5, 1.5]", "data.zoom is .* 0 < low ≤ high ≤ 1"),
+        ("data.zoom=[0.5, 1.0]", "set data.crop to 'random'"),
         ("evaluation.guidance.interval=[0.8, 0.2]", "low < high"),
         ("tokenizer.load=somewhere", "keep one of the two"),
     ],

@@ -80,6 +80,28 @@ def test_a_crop_of_a_larger_image_shows_its_pixels_at_that_size():
     assert Crop(40, 20, resize=30)(image, rng()).shape == (40, 20, 3)
 
 
+def test_zoomed_crops_have_sides_drawn_evenly_and_reach_every_place():
+    image = ramp(64, 96)
+    cuts = np.array([Crop(16, 16, "random", zoom=(0.5, 1.0))(image, rng(seed)) for seed in range(1000)]).astype(float)
+    # The ramp rises by one a pixel of the image, so by the side over 16 a pixel of the crop.
+    sides = 16 * (cuts[:, 8, 12, 0] - cuts[:, 8, 3, 0]) / 9
+    assert sides.min() == pytest.approx(32, abs=1.5)
+    assert sides.max() == pytest.approx(64, abs=1.5)
+    assert sides.mean() == pytest.approx(48, abs=5 * 32 / np.sqrt(12 * 1000) + 0.2)
+    # Centres lie between half a side from one border and half a side from the other, evenly.
+    share = (cuts[:, 8, 7:9, 0].mean(1) - sides / 2) / (96 - sides)
+    assert share.min() > -0.05
+    assert share.max() < 1.05
+    assert share.mean() == pytest.approx(0.5, abs=5 / np.sqrt(12 * 1000) + 0.02)
+
+
+def test_an_oblong_zoomed_crop_keeps_its_shape():
+    cut = Crop(8, 16, "random", zoom=(0.5, 0.5))(ramp(64, 64), rng()).astype(float)
+    # Half of the largest crop of 1:2, which is 32×64: 16×32 pixels in 8×16.
+    assert np.diff(cut[4, 3:13, 0]).mean() == pytest.approx(2.0, abs=0.1)
+    assert np.diff(cut[2:6, 8, 1]).mean() == pytest.approx(2.0, abs=0.3)
+
+
 def test_half_of_the_images_are_flipped():
     crop = Crop(8, 8, flip=True)
     flipped = 0

@@ -27,6 +27,8 @@ class DataConfig:
         crop: Where the crop is taken after the short side was resized.
         resize: Pixels that the short side of a training image is resized to before the crop, at least those of `size`;
             None takes the smallest image that covers the crop, as measuring and encoding always do.
+        zoom: Range of the sides of a random crop, as a share of the largest that the image has room for, drawn evenly;
+            the crop is then resized to `size`. None takes crops of the resized image as they are.
         enlarge: Train although most images are smaller than the crop. A few of them are always enlarged to cover it.
         flip: Flip half of the training images horizontally.
         workers: Loader processes per rank; 0 reads in the training process.
@@ -42,6 +44,7 @@ class DataConfig:
     size: int | tuple[int, int] = 256
     crop: Literal["center", "random"] = "center"
     resize: int | None = None
+    zoom: tuple[float, float] | None = None
     enlarge: bool = False
     flip: bool = False
     workers: int = attrs.field(default=2, validator=not_negative)
@@ -55,6 +58,12 @@ class DataConfig:
             raise ConfigError(
                 f"data.resize is {self.resize}, and the crop is {self.height}×{self.width}; resize to at least its "
                 "longer side, or leave it out."
+            )
+        if self.zoom is not None and not 0.0 < self.zoom[0] <= self.zoom[1] <= 1.0:
+            raise ConfigError(f"data.zoom is {list(self.zoom)}; it must be [low, high] with 0 < low ≤ high ≤ 1.")
+        if self.zoom is not None and (self.crop != "random" or self.resize is not None):
+            raise ConfigError(
+                "data.zoom is for random crops without data.resize; set data.crop to 'random', resize to null."
             )
         if self.memory and self.crop == "random":
             raise ConfigError(

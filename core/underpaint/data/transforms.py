@@ -33,6 +33,8 @@ class Crop:
         crop: Where along the longer side the crop is taken.
         flip: Flip half of the images horizontally.
         resize: Pixels of the resized image's shorter side, where that is more than covers the crop.
+        zoom: Range of the sides of what is cut out, before it is resized to the crop, as a share of the largest of its
+            shape that the image has room for; the place is random then.
     """
 
     height: int = attrs.field(validator=v.gt(0))
@@ -40,6 +42,7 @@ class Crop:
     crop: Literal["center", "random"] = "center"
     flip: bool = False
     resize: int | None = None
+    zoom: tuple[float, float] | None = None
 
     def __call__(self, image: NDArray[np.uint8], rng: np.random.Generator, key: str = "image") -> NDArray[np.uint8]:
         """Cut one crop.
@@ -58,6 +61,25 @@ class Crop:
         height, width = image.shape[:2]
         if min(height, width) < MIN_SIDE:
             raise BrokenImageError(key, f"it is {height}×{width} pixels, smaller than {MIN_SIDE}")
+        image = self._resized(image, rng) if self.zoom is None else self._zoomed(image, rng, self.zoom)
+        if self.flip and rng.random() < 0.5:
+            # Fifteen times as fast as copying NumPy's reversed view; the copy is there because torch wants it writable.
+            image = torch.from_numpy(image.copy()).flip(1).numpy()
+        return image
+
+    def _zoomed(
+        self, image: NDArray[np.uint8], rng: np.random.Generator, zoom: tuple[float, float]
+    ) -> NDArray[np.uint8]:
+        height, width = image.shape[:2]
+        share = zoom[0] + (zoom[1] - zoom[0]) * rng.random()
+        scale = share / max(self.height / height, self.width / width)
+        tall, wide = self.height * scale, self.width * scale
+        top, left = rng.random(2) * (height - tall, width - wide)
+        box = (left, top, left + wide, top + tall)
+        return np.asarray(Image.fromarray(image).resize((self.width, self.height), Image.Resampling.BICUBIC, box=box))
+
+    def _resized(self, image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+        height, width = image.shape[:2]
         scale = max(self.height / height, self.width / width, (self.resize or 0) / min(height, width))
         tall, wide = max(self.height, round(height * scale)), max(self.width, round(width * scale))
         if (tall, wide) != (height, width):
@@ -66,11 +88,7 @@ class Crop:
         top, left = spare[0] // 2, spare[1] // 2
         if self.crop == "random":
             top, left = (int(share * (count + 1)) for share, count in zip(rng.random(2), spare, strict=True))
-        image = image[top : top + self.height, left : left + self.width]
-        if self.flip and rng.random() < 0.5:
-            # Fifteen times as fast as copying NumPy's reversed view; the copy is there because torch wants it writable.
-            image = torch.from_numpy(image.copy()).flip(1).numpy()
-        return image
+        return image[top : top + self.height, left : left + self.width]
 
 
 def to_tensor(images: Tensor) -> Tensor:

@@ -59,7 +59,8 @@ class RunData:
 
     def train_crop(self) -> Crop:
         """How training images are cut."""
-        return Crop(self.config.height, self.config.width, self.config.crop, self.config.flip, self.config.resize)
+        config = self.config
+        return Crop(config.height, config.width, config.crop, config.flip, config.resize, config.zoom)
 
     def plain_crop(self) -> Crop:
         """How images are cut to be measured or encoded: from the middle, never flipped."""
