@@ -105,7 +105,8 @@ def compare(losses: list[Any], options: dict[str, Any], dtype: torch.dtype, size
     assert got.keys() == wanted.keys()
     largest = max(float(gradient.abs().max()) for gradient in wanted.values())
     for name, gradient in wanted.items():
-        assert float((got[name] - gradient).abs().max()) <= 1e-6 * largest, name
+        # Sums over all pixels in another order.
+        assert float((got[name] - gradient).abs().max()) <= 5e-6 * largest, name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

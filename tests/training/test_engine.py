@@ -190,6 +190,15 @@ def test_another_number_of_ranks_goes_on_from_the_same_state(saved, alone, zero)
     engine.close()
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_zero_3_leaves_torchs_own_functions_behind(alone, order):
+    before = nn.functional.linear
+    engines = [cases.make_engine(alone, zero=3) for _ in range(2)]
+    for index in order:
+        engines[index].close()
+    assert nn.functional.linear is before
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("zero", ZERO)
 def test_ten_and_ten_steps_equal_twenty_on_one_rank(alone, tmp_path, zero, precision):

@@ -177,6 +177,9 @@ class Engine:
             weight_decay=self._optimizer_config.weight_decay,
             fused=self.ranks.device.type == "cuda",
         )
+        # ZeRO 3 puts a function of its own in its place, for good.
+        linear = nn.functional.linear
+        self._linear = None if linear.__module__.startswith("deepspeed") else linear
         boxed = Boxed(self.module, self.autocast)
         if config.zero == 3:
             open_outputs(boxed.modules())
@@ -422,3 +425,5 @@ class Engine:
     def close(self) -> None:
         """Release DeepSpeed's hooks and buffers. The module is not usable afterwards; take `state` first."""
         self._deepspeed.destroy()
+        if self._linear is not None:
+            nn.functional.linear = self._linear
