@@ -74,7 +74,6 @@ def test_options_replace_single_settings(model: Path, images: Path) -> None:
     ("metric", "message"),
     [
         ("frechett", "Did you mean 'frechet'"),
-        ("frechet", "lacks the key 'encoder'"),
         ("{name: frechet", "write a name, or name and options as '{name: frechet, encoder: tiny/vit}'"),
         ("{encoder: tiny/vit}", "lacks the key 'name'"),
         ("psnr", "compares image by image and cannot measure samples"),
