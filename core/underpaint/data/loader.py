@@ -11,8 +11,11 @@ import itertools
 import logging
 import math
 import multiprocessing
+import multiprocessing.connection
+import signal
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import attrs
@@ -37,6 +40,7 @@ Transform = Callable[[NDArray[np.uint8], np.random.Generator, str], NDArray[np.u
 _NAMED = 20
 _MIN_READS = 100
 _MAX_ATTEMPTS = 16
+_END_SECONDS = 5.0
 
 
 @attrs.frozen(eq=False, kw_only=True)
@@ -421,12 +425,28 @@ def _reads(reader: _Reader, positions: Sampler[range] | list[range], workers: in
         multiprocessing_context=context,
         generator=torch.Generator(),  # its own, or starting workers would advance the run's random numbers
     )
+    others = set(multiprocessing.active_children())
+    batches = iter(pool)
+    processes = [process for process in multiprocessing.active_children() if process not in others]
     try:
-        yield from pool
+        yield from batches
     except (RuntimeError, OSError, EOFError) as error:
         if "DataLoader worker process" in str(error):  # raised by the code in a worker, not by its death
             raise
+        dead = _dead(processes)
+        if not dead:
+            raise
         raise DataError(
-            f"A process that reads images was killed ({' '.join(str(error).split())}), often for lack of memory or "
-            "shared memory; start again to resume, with a smaller data.workers if it recurs."
+            f"A process that reads images was killed ({dead}), often for lack of memory or shared memory; start "
+            "again to resume, with a smaller data.workers if it recurs."
         ) from error
+
+
+def _dead(processes: list[BaseProcess]) -> str:
+    """Return who of the processes ended and how; a broken connection is noticed before its process's end is."""
+    multiprocessing.connection.wait([process.sentinel for process in processes], timeout=_END_SECONDS)
+    ends = [(process.pid, process.exitcode) for process in processes if process.exitcode is not None]
+    return ", ".join(
+        f"pid {pid} by {signal.Signals(-code).name}" if code < 0 else f"pid {pid} with exit code {code}"
+        for pid, code in ends
+    )
