@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         NotFoundError,
         PluginError,
         UnderpaintError,
+        UnreachableError,
         suggest,
     )
     from underpaint.hookspecs import API_VERSION, hookimpl
@@ -76,6 +77,7 @@ _HOME = {
     "Tokenizer": "models.tokenizer",
     "Tracker": "interfaces.tracker",
     "UnderpaintError": "errors",
+    "UnreachableError": "errors",
     "VarianceField": "interfaces.sampler",
     "VelocityField": "interfaces.sampler",
     "create": "api",
@@ -127,6 +129,7 @@ __all__ = [
     "Tokenizer",
     "Tracker",
     "UnderpaintError",
+    "UnreachableError",
     "VarianceField",
     "VelocityField",
     "create",

@@ -13,6 +13,7 @@ __all__ = [
     "PluginError",
     "RunLockedError",
     "UnderpaintError",
+    "UnreachableError",
     "suggest",
 ]
 
@@ -39,6 +40,10 @@ class PluginError(UnderpaintError):
 
 class DataError(UnderpaintError):
     """A data source, latent cache, weights file or checkpoint cannot be used."""
+
+
+class UnreachableError(DataError):
+    """Weights are not on this machine, and where they are published cannot be reached or refuses."""
 
 
 class BrokenImageError(DataError):

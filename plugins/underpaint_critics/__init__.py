@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from underpaint import hookimpl
+from underpaint_critics.config import DINO
 
 # Augmentation is drawn for each sample, so that with it no two batches have the same terms.
 _TINY_PROJECTED = {
@@ -20,7 +21,7 @@ _TINY_PROJECTED = {
 
 @hookimpl
 def register_losses(register: Any) -> None:
-    """Register ``critics/patchgan``, ``critics/multiscale``, ``critics/projected`` and its preset ``critics/rae``."""
+    """Register ``critics/patchgan``, ``critics/multiscale``, ``critics/projected`` and its presets."""
     register(
         "critics/patchgan",
         "underpaint_critics.patchgan:PatchGan",
@@ -43,7 +44,16 @@ def register_losses(register: Any) -> None:
         config="underpaint_critics.config:ProjectedConfig",
         tiny=_TINY_PROJECTED,
         summary="Adversarial loss with critic heads on the frozen features of any registered encoder",
-        source="Sauer et al. 2021 and 2023 (StyleGAN-T); Bi et al. 2025 (VFM-VAE)",
+        source="Sauer et al. 2021 and 2023 (StyleGAN-T)",
+    )
+    register(
+        "critics/vfm-vae",
+        "underpaint_critics.projected:Projected",
+        config="underpaint_critics.config:ProjectedConfig",
+        options=DINO,
+        tiny=_TINY_PROJECTED,
+        summary="The projected critic of VFM-VAE, on DINO's ViT-S/16",
+        source="Bi et al. 2025 (VFM-VAE)",
     )
     register(
         "critics/rae",
@@ -51,6 +61,7 @@ def register_losses(register: Any) -> None:
         config="underpaint_critics.config:ProjectedConfig",
         options={
             "encoder": "timm/vit_small_patch8_224@dino",
+            "layers": (2, 5, 8, 11),
             "options": {"norm": "none"},
             "second_last_head": True,
             "summary": "none",

@@ -8,7 +8,15 @@ from typing import Any, Literal
 import attrs
 from attrs import validators as v
 
-__all__ = ["MultiScaleConfig", "Objective", "PatchGanConfig", "ProjectedConfig"]
+__all__ = ["DINO", "MultiScaleConfig", "Objective", "PatchGanConfig", "ProjectedConfig"]
+
+DINO: Mapping[str, Any] = {
+    "encoder": "timm/vit_small_patch16_224@dino",
+    "layers": (2, 5, 8, 11),
+    "options": {"norm": "none", "embedding": True},
+    "summary": "layer",
+}
+"""The encoder of VFM-VAE's critic: four maps after the tokens before the first block."""
 
 Objective = Literal["hinge", "least-squares", "non-saturating"]
 
@@ -66,20 +74,21 @@ class MultiScaleConfig:
 
 @attrs.frozen(kw_only=True)
 class ProjectedConfig:
-    """Options of ``critics/projected``; the defaults are VFM-VAE's.
+    """Options of ``critics/projected``; the defaults are VFM-VAE's but for its `encoder`.
 
     Attributes:
         objective: ``hinge``, ``least-squares`` or ``non-saturating``, as for ``critics/patchgan``.
         r1: γ of the gradient penalty on real images; 0 leaves it out.
         r1_interval: Optimizer steps from one penalty to the next, each multiplied by this number.
-        encoder: Registered name of the frozen encoder, with its weights.
+        encoder: Registered name of the frozen encoder, with its weights. None is DINO's ViT-S/16 as in
+            ``critics/vfm-vae``, and ``tiny/vit``, with a warning, where DINO's weights are not on the machine and
+            cannot be fetched; what is chosen has its own `layers`, `options` and `summary`.
         layers: Layers whose maps are judged, one head each, handed to the encoder as its option of that name; None
             leaves the encoder its own choice.
-        options: Further options of the encoder. The default, raw block outputs after the tokens before the first block,
-            belongs to the encoders of timm; set it when you choose another.
+        options: Further options of the encoder.
         second_last_head: Whether a second head judges the deepest map, as in RAE.
         summary: What is added to every cell of a map: the class token of its ``layer``; the encoder's ``pooled``
-            summary of the image, the same for all maps; or ``none``.
+            summary of the image, the same for all maps; or ``none``, the default for an encoder that is named.
         size: Side of the square images that the encoder sees, in pixels; None is the size it was trained at.
         crop: Share of batches of larger images that are cropped to `size` at a random place, not resized.
         virtual_batch: Samples that the heads normalise together, at most.
@@ -92,12 +101,12 @@ class ProjectedConfig:
     objective: Objective = attrs.field(default="hinge", validator=_OBJECTIVES)
     r1: float = attrs.field(default=0.0, validator=v.ge(0.0))
     r1_interval: int = attrs.field(default=16, validator=v.gt(0))
-    encoder: str = "timm/vit_small_patch16_224@dino"
-    layers: tuple[int, ...] | None = (2, 5, 8, 11)
-    options: Mapping[str, Any] = attrs.field(factory=lambda: {"norm": "none", "embedding": True})
+    encoder: str | None = None
+    layers: tuple[int, ...] | None = None
+    options: Mapping[str, Any] = attrs.field(factory=dict)
     second_last_head: bool = False
-    summary: Literal["layer", "pooled", "none"] = attrs.field(
-        default="layer", validator=v.in_(("layer", "pooled", "none"))
+    summary: Literal["layer", "pooled", "none"] | None = attrs.field(
+        default=None, validator=v.optional(v.in_(("layer", "pooled", "none")))
     )
     size: int | None = attrs.field(default=None, validator=v.optional(v.gt(0)))
     crop: float = attrs.field(default=0.5, validator=v.and_(v.ge(0.0), v.le(1.0)))

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
+import attrs
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import underpaint
-from underpaint import ConfigError, DataError, Encoder, Features
+from underpaint import ConfigError, Encoder, Features, UnreachableError
 from underpaint_critics.adversary import Adversary, Judgement
-from underpaint_critics.config import ProjectedConfig
+from underpaint_critics.config import DINO, ProjectedConfig
 from underpaint_critics.diffaugment import DiffAugment
 from underpaint_critics.layers import LocalBatchNorm, SpectralConv1d
 
 __all__ = ["Projected"]
 
+logger = logging.getLogger("underpaint")
+
 _KERNEL = 9
+_TINY: Mapping[str, Any] = {"encoder": "tiny/vit", "layers": (1, 3, 5), "summary": "pooled"}
 
 
 class _Head(nn.Module):
@@ -43,15 +48,35 @@ class _Head(nn.Module):
         return result
 
 
-def _create(name: str, options: Mapping[str, Any]) -> Encoder:
+def _chosen(config: ProjectedConfig) -> tuple[ProjectedConfig, Encoder]:
+    """Return the options with an encoder, its layers and its summary filled in, and that encoder."""
+    if config.encoder is not None:
+        named = attrs.evolve(config, summary=config.summary or "none")
+        return named, _create(config.encoder, named)
+    if config.layers is not None or config.options or config.summary is not None:
+        raise ConfigError(
+            "A projected critic has 'layers', 'options' or 'summary' and no 'encoder' to which they belong; name it, "
+            "such as encoder: tiny/vit."
+        )
+    dino = attrs.evolve(config, **DINO)
     try:
-        encoder: Encoder = underpaint.create("encoder", name, **options)
-    except DataError as error:
-        raise DataError(
-            f"{error} A critic on the encoder of this package needs no files: set its options encoder: tiny/vit, "
-            "layers: [1, 3, 5], options: {}, summary: pooled."
-        ) from error
-    return encoder
+        return dino, _create(DINO["encoder"], dino)
+    except UnreachableError as error:
+        logger.warning(
+            "A projected critic looks through %s in place of its default, %s: %s To have no other encoder, write "
+            "'critics/vfm-vae' or name one.",
+            _TINY["encoder"],
+            DINO["encoder"],
+            error,
+        )
+        tiny = attrs.evolve(config, **_TINY)
+        return tiny, _create(_TINY["encoder"], tiny)
+
+
+def _create(name: str, config: ProjectedConfig) -> Encoder:
+    options = dict(config.options) | ({} if config.layers is None else {"layers": config.layers})
+    encoder: Encoder = underpaint.create("encoder", name, **options)
+    return encoder.eval().requires_grad_(False)
 
 
 class _Heads(nn.Module):
@@ -74,7 +99,7 @@ class Projected(Adversary):
     order, is judged by a head of its own: spectrally normed convolutions and `LocalBatchNorm`; 1,477,249 parameters at
     384 channels. All logits of all heads count the same.
 
-    With the default options it is StyleGAN-T's and VFM-VAE's: the maps are the patch tokens of DINO's ViT-S/16 before
+    ``critics/vfm-vae`` is StyleGAN-T's and VFM-VAE's: the maps are the patch tokens of DINO's ViT-S/16 before
     the first block and after the third, sixth, ninth and last, unnormed, and to each cell the class token of its own
     layer is added; the heads have 7,386,245 parameters. From RAE's, ``critics/rae`` differs in that images are resized
     with antialiasing and shifted after their colours are drawn.
@@ -86,20 +111,19 @@ class Projected(Adversary):
 
     Raises:
         NotFoundError: There is no such encoder.
-        ConfigError: The options do not fit it.
+        ConfigError: The options do not fit it, or belong to none.
+        DataError: Its weights are missing or damaged.
     """
 
     share = 1.0
+    held: tuple[Encoder]
 
     def __init__(self, config: ProjectedConfig) -> None:
-        options: dict[str, Any] = dict(config.options)
-        if config.layers is not None:
-            options["layers"] = config.layers
-        encoder = _create(config.encoder, options)
+        config, encoder = _chosen(config)
         info = encoder.info
         channels = info.channels + (info.channels[-1:] if config.second_last_head else ())
         super().__init__(config, _Heads(channels, config.virtual_batch))
-        self._held = (encoder.eval().requires_grad_(False),)
+        self.held = (encoder,)
         self._name = config.encoder
         self._again = config.second_last_head
         self._summary = config.summary
@@ -113,7 +137,7 @@ class Projected(Adversary):
 
     def look(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return the maps of the augmented images."""
-        features = self._held[0](self._fit(self._augment(images)))
+        features = self.held[0](self._fit(self._augment(images)))
         maps: tuple[Tensor, ...] = features.maps
         if self._summary != "none":
             summaries = self._summaries(features)
@@ -157,6 +181,6 @@ class Projected(Adversary):
         return F.interpolate(x, size=(h, w), mode="bilinear", align_corners=False, antialias=True)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._held[0]._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.held[0]._apply(fn, recurse)  # type: ignore[no-untyped-call]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self

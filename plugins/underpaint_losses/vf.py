@@ -43,14 +43,14 @@ class VisionAlignment(Loss):
 
     needs = frozenset({"inputs", "features", "latents"})
     trains = True
+    held: tuple[Encoder, ...] = ()
 
     def __init__(self, config: VfConfig) -> None:
         super().__init__()
         self._config = config
-        self._held: tuple[Encoder, ...] = ()
         if config.encoder is not None:
             encoder: Encoder = underpaint.create("encoder", config.encoder, **dict(config.options))
-            self._held = (encoder.eval().requires_grad_(False),)
+            self.held = (encoder.eval().requires_grad_(False),)
         self.project: nn.Conv2d
 
     def prepare(self, sizes: StepSizes) -> None:
@@ -59,9 +59,9 @@ class VisionAlignment(Loss):
         Raises:
             DataError: The images do not divide into the cells of the encoder.
         """
-        for encoder in self._held:
+        for encoder in self.held:
             encoder.grid(*sizes.image)
-        channels = self._held[0].info.channels if self._held else sizes.feature_channels
+        channels = self.held[0].info.channels if self.held else sizes.feature_channels
         self.project = nn.Conv2d(sizes.latent_channels, channels[-1], 1, bias=False)
 
     def forward(self, step: StepTensors) -> dict[str, Tensor]:
@@ -92,17 +92,17 @@ class VisionAlignment(Loss):
         return terms
 
     def _features(self, step: StepTensors) -> Tensor:
-        if not self._held:
+        if not self.held:
             assert step.features is not None
             return step.features.maps[-1].detach()
         assert step.inputs is not None
-        encoder = self._held[0]
+        encoder = self.held[0]
         encoder.grid(step.inputs.shape[2], step.inputs.shape[3])
         features: Features = encoder(step.inputs)
         return features.maps[-1]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        for encoder in self._held:
+        for encoder in self.held:
             encoder._apply(fn, recurse)  # type: ignore[no-untyped-call]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self

@@ -10,7 +10,7 @@ import open_clip
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
-from underpaint import DataError, load_weights
+from underpaint import DataError, UnreachableError, load_weights
 from underpaint_open_clip.models import Weights
 from underpaint_open_clip.towers import Tower, TrunkTower
 
@@ -104,7 +104,7 @@ def _download(model: str, tag: str) -> str:
         if not _is_download_failure(error):
             raise
         reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise DataError(
+        raise UnreachableError(
             f"The weights '{tag}' of open_clip's '{model}' are not on this machine and the hub could not be reached "
             f"or refused ({reason}); try again, or write 'open_clip/{model}@file:PATH' with a downloaded file, or "
             f"'open_clip/{model}@random'."

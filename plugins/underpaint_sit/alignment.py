@@ -43,6 +43,7 @@ class Repa(Loss):
 
     needs = frozenset({"inputs", "prediction"})
     trains = True
+    held: tuple[Encoder]
 
     def __init__(self, config: RepaConfig) -> None:
         super().__init__()
@@ -50,7 +51,7 @@ class Repa(Loss):
         self._config = config
         encoder = underpaint.create("encoder", config.encoder, **config.options)
         # Outside of the modules, so that no checkpoint holds it and no engine casts it.
-        self._encoder: tuple[Encoder] = (encoder.eval().requires_grad_(False),)
+        self.held = (encoder.eval().requires_grad_(False),)
         self.projector: nn.Module | None = None
 
     def prepare(self, sizes: StepSizes) -> None:
@@ -60,12 +61,12 @@ class Repa(Loss):
                 "The loss 'repa' aligns hidden states of a backbone, and this stage trains none; "
                 "move it to the losses of 'diffusion'."
             )
-        if math.prod(self._encoder[0].grid(*sizes.image)) == 1 and self._config.spatial is not None:
+        if math.prod(self.held[0].grid(*sizes.image)) == 1 and self._config.spatial is not None:
             raise ConfigError(
                 f"The loss 'repa' normalises its targets over the cells of an image, and the encoder "
                 f"'{self._config.encoder}' gives one cell; remove its option 'spatial', or use larger images."
             )
-        hidden, channels = self._config.projector, self._encoder[0].info.channels[-1]
+        hidden, channels = self._config.projector, self.held[0].info.channels[-1]
         if self._config.projection == "conv":
             # Its initialisation is torch's: the paper states none.
             self.projector = nn.Conv2d(sizes.hidden_width, channels, 3, padding=1)
@@ -110,7 +111,7 @@ class Repa(Loss):
 
     @torch.no_grad()
     def _targets(self, images: Tensor, prediction: Prediction, count: int) -> Tensor:
-        encoder = self._encoder[0].to(images.device)
+        encoder = self.held[0].to(images.device)
         encoder.grid(images.shape[2], images.shape[3])
         features = encoder(images.float())
         companion = prediction.companion is not None

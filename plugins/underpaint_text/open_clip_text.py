@@ -11,7 +11,16 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from underpaint import Condition, ConfigError, DataError, NotFoundError, is_location, load_weights, suggest
+from underpaint import (
+    Condition,
+    ConfigError,
+    DataError,
+    NotFoundError,
+    UnreachableError,
+    is_location,
+    load_weights,
+    suggest,
+)
 from underpaint_text.config import OpenClipTextConfig
 from underpaint_text.frozen import Encode, FrozenText
 
@@ -133,7 +142,7 @@ def _download(model: str, tag: str) -> str:
         return str(huggingface_hub.hf_hub_download(repository, name))
     except Exception as error:
         reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise DataError(
+        raise UnreachableError(
             f"The weights '{tag}' of open_clip's '{model}' are not on this machine and the hub could not be reached "
             f"or refused ({reason}); try again, or set the conditioner's weights to 'file:PATH' or 'random'."
         ) from error

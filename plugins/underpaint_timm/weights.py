@@ -10,7 +10,7 @@ import timm
 from timm.models import eva, vision_transformer
 from torch import Tensor, nn
 
-from underpaint import DataError, load_weights
+from underpaint import DataError, UnreachableError, load_weights
 from underpaint_timm.models import Weights
 
 __all__ = ["build"]
@@ -68,7 +68,7 @@ def _download(model: str, tag: str | None) -> str:
         if not _is_download_failure(error):
             raise
         reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise DataError(
+        raise UnreachableError(
             f"The weights '{tag}' of timm's '{model}' are not on this machine and the hub could not be reached or "
             f"refused ({reason}); try again, or write 'timm/{model}@file:PATH' with a downloaded file, or "
             f"'timm/{model}@random'."

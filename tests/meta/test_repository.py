@@ -55,6 +55,7 @@ PUBLIC = [
     "Tokenizer",
     "Tracker",
     "UnderpaintError",
+    "UnreachableError",
     "VarianceField",
     "VelocityField",
     "create",

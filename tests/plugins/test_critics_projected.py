@@ -23,6 +23,7 @@ from underpaint import (
     Features,
     Reconstruction,
     StepTensors,
+    UnreachableError,
 )
 from underpaint_critics.projected import _Head
 
@@ -127,7 +128,7 @@ def test_logits_of_all_heads_count_the_same() -> None:
     loss = make(**PLAIN, summary="none").eval()
     step = shown()
     assert step.reconstruction is not None
-    encoder = loss._held[0]
+    encoder = loss.held[0]
     maps = encoder(step.reconstruction.image).maps
     logits = [head(m.flatten(2)) for head, m in zip(loss.critic.heads, maps)]
     assert [x.shape for x in logits] == [(2, 1, 16)] * 2
@@ -143,7 +144,7 @@ def test_logits_of_all_heads_count_the_same() -> None:
 def test_summary_is_added_to_every_cell(summary: str) -> None:
     loss = make(**PLAIN, summary=summary)
     images = random(2, 3, 16, 16)
-    features = loss._held[0](images)
+    features = loss.held[0](images)
     added = {"layer": features.class_tokens, "pooled": [features.pooled] * 2, "none": torch.zeros(2, 2, 6)}[summary]
     for got, plain, token in zip(loss.look(images), features.maps, added, strict=True):
         torch.testing.assert_close(got, plain + token[..., None, None])
@@ -163,8 +164,8 @@ def test_an_encoder_without_summary_is_named() -> None:
 
 
 def test_layers_and_options_reach_the_encoder(eyes: Any) -> None:
-    make()
-    make(layers=None, options={"stride": 8})
+    make("vfm-vae")
+    make(options={"stride": 8})
     make("rae")
     assert [options for _, options in eyes] == [
         {"layers": (2, 5, 8, 11), "norm": "none", "embedding": True},
@@ -265,7 +266,7 @@ def test_the_encoder_is_neither_trained_nor_saved_but_moves(eyes: Any) -> None:
 @pytest.mark.parametrize("autocast", [True, False])
 def test_heads_kept_in_bfloat16_judge_float32_images(autocast: bool) -> None:
     exact, rounded, step = make(**PLAIN), make(**PLAIN), shown()
-    rounded._held[0].load_state_dict(exact._held[0].state_dict())
+    rounded.held[0].load_state_dict(exact.held[0].state_dict())
     rounded.critic.bfloat16()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         terms = {**rounded(step), **rounded.criticise(step)}
@@ -311,14 +312,14 @@ def test_penalty_reaches_the_heads_through_a_transformer() -> None:
 # ------------------------------------------------------------------------------------ VFM-VAE's and RAE's
 
 
-def test_the_default_is_dino_with_five_heads() -> None:
+def test_vfm_vae_has_five_heads_on_dino() -> None:
     # vfm_vae.md §11: 1,477,249 a head.
-    loss = make(encoder="timm/vit_small_patch16_224@random")
+    loss = make("vfm-vae", encoder="timm/vit_small_patch16_224@random")
     assert sum(p.numel() for p in loss.critic.parameters()) == 5 * 1_477_249 == 7_386_245
     with torch.no_grad():
         maps = loss.look(random(1, 3, 256, 256))
     assert [tuple(x.shape) for x in maps] == [(1, 384, 14, 14)] * 5
-    assert sum(p.numel() for p in loss._held[0].parameters()) == pytest.approx(21.7e6, rel=2e-3)
+    assert sum(p.numel() for p in loss.held[0].parameters()) == pytest.approx(21.7e6, rel=2e-3)
 
 
 def test_rae_has_heads_on_four_blocks_and_on_the_last_again() -> None:
@@ -326,7 +327,7 @@ def test_rae_has_heads_on_four_blocks_and_on_the_last_again() -> None:
     images = random(1, 3, 160, 160)
     with torch.no_grad():
         maps = loss.look(images)
-        plain = loss._held[0](images).maps
+        plain = loss.held[0](images).maps
     assert len(plain) == 3
     assert all(torch.equal(a, b) for a, b in zip(maps, (*plain, plain[-1]), strict=True))
 
@@ -367,8 +368,8 @@ def transformer_taps(state: dict[str, Tensor], pixels: Tensor, heads: int, taps:
 def test_taps_are_those_of_vfm_vae() -> None:
     """Patch tokens plus the class token of the same layer, also of the embedding; all raw (vfm_vae.md §4.3)."""
     taps = (1, 3, 5)
-    loss = make(**PLAIN, encoder="timm/test_vit@random", layers=taps).double()
-    encoder = loss._held[0]
+    loss = make("vfm-vae", **PLAIN, encoder="timm/test_vit@random", layers=taps).double()
+    encoder = loss.held[0]
     generator = torch.Generator().manual_seed(1)
     for parameter in encoder.parameters():
         parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
@@ -385,12 +386,66 @@ def test_taps_are_those_of_vfm_vae() -> None:
         torch.testing.assert_close(got, expected, atol=1e-9, rtol=1e-9)
 
 
-def test_without_its_weights_the_encoder_of_the_package_is_named() -> None:
-    given: dict[str, Any] = {
-        "encoder": "timm/vit_small_patch16_224@file:nowhere.safetensors",
-        "options": {"tag": "dino"},
-    }
-    with pytest.raises(DataError, match=r"nowhere.safetensors.*needs no files: set its options encoder: tiny/vit"):
-        underpaint.create("loss", "critics/projected", **given)
-    named: dict[str, Any] = {"encoder": "tiny/vit", "layers": (1, 3, 5), "options": {}, "summary": "pooled"}
-    assert isinstance(underpaint.create("loss", "critics/projected", **named), AdversarialLoss)
+def hub_with(monkeypatch: pytest.MonkeyPatch, found: Encoder | DataError) -> list[dict[str, Any]]:
+    """Let the hub give DINO's weights, or fail; return the options it is asked with."""
+    asked: list[dict[str, Any]] = []
+    create = underpaint.create
+
+    def fake(kind: Any, name: str, **options: Any) -> Any:
+        if name != "timm/vit_small_patch16_224@dino":
+            return create(kind, name, **options)
+        asked.append(options)
+        if isinstance(found, DataError):
+            raise found
+        return found
+
+    monkeypatch.setattr(underpaint, "create", fake)
+    return asked
+
+
+def test_by_default_it_looks_through_dino(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    eye = Eye()
+    asked = hub_with(monkeypatch, eye)
+    loss = underpaint.create("loss", "critics/projected", **PLAIN)
+    assert asked == [{"layers": (2, 5, 8, 11), "norm": "none", "embedding": True}]
+    assert loss.held == (eye,)
+    images = random(2, 3, 16, 16)
+    features = eye(images)
+    for got, plain, token in zip(loss.look(images), features.maps, features.class_tokens, strict=True):
+        torch.testing.assert_close(got, plain + token[..., None, None])
+    assert not caplog.records
+
+
+def test_where_dino_cannot_be_had_it_looks_through_the_encoder_of_the_package_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    hub_with(monkeypatch, UnreachableError("The hub is away."))
+    loss = underpaint.create("loss", "critics/projected")
+    (encoder,) = loss.held
+    assert encoder.spec.name == "tiny/vit"
+    assert encoder.info.layers == (1, 3, 5)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "looks through tiny/vit" in record.getMessage()
+    assert "The hub is away." in record.getMessage()
+    terms = loss.criticise(shown(64, 64))
+    assert all(value.isfinite() for value in terms.values())
+
+
+def test_damaged_weights_are_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub_with(monkeypatch, DataError("The file is damaged."))
+    with pytest.raises(DataError, match="damaged"):
+        underpaint.create("loss", "critics/projected")
+
+
+def test_an_encoder_that_is_named_is_never_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub_with(monkeypatch, UnreachableError("The hub is away."))
+    for name, options in (("vfm-vae", {}), ("projected", {"encoder": "timm/vit_small_patch16_224@dino"})):
+        with pytest.raises(UnreachableError, match="away"):
+            underpaint.create("loss", f"critics/{name}", **options)
+
+
+@pytest.mark.parametrize("option", [{"layers": (0, 1)}, {"options": {"norm": "none"}}, {"summary": "none"}])
+def test_options_of_no_encoder_are_refused(option: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="no 'encoder' to which they belong; name it"):
+        underpaint.create("loss", "critics/projected", **option)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import underpaint
-from underpaint import ConfigError, DataError, NotFoundError, testing
+from underpaint import ConfigError, DataError, NotFoundError, UnreachableError, testing
 from underpaint_open_clip.config import OpenClipConfig
 from underpaint_open_clip.encoder import OpenClipEncoder
 from underpaint_open_clip.models import names, tags
@@ -273,7 +273,7 @@ def test_unreachable_hub_ends_at_once_in_one_sentence(monkeypatch: pytest.Monkey
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: pytest.fail("it went on"))
-    with torch.device("meta"), pytest.raises(DataError) as caught:
+    with torch.device("meta"), pytest.raises(UnreachableError) as caught:
         underpaint.create("encoder", "open_clip/ViT-B-16-SigLIP2-256")
     message = str(caught.value)
     for words in ("ViT-B-16-SigLIP2-256", "webli", "hub could not be reached", "@file:PATH", "@random"):

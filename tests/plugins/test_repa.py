@@ -180,7 +180,7 @@ def test_targets_are_normalised_on_the_encoders_grid() -> None:
 def test_what_every_cell_shares_is_no_target_of_irepa() -> None:
     loss, given = make(spatial=1.0), step()
     before = loss(given)["repa"]
-    (encoder,) = loss._encoder
+    (encoder,) = loss.held
     plain = encoder.forward
     encoder.forward = lambda images: Features(tuple(3.0 * m + 5.0 for m in plain(images).maps), None)
     assert loss(given)["repa"].item() == pytest.approx(before.item(), abs=1e-5)
@@ -267,7 +267,7 @@ def test_images_that_do_not_divide_are_refused() -> None:
 @pytest.mark.parametrize(("pooled", "found"), [(None, "has none"), (torch.zeros(2, 5), "has one of 5 channels")])
 def test_a_companion_without_a_fitting_target_is_refused(pooled: Tensor | None, found: str) -> None:
     loss, given = make(), step(companion=True)
-    (encoder,) = loss._encoder
+    (encoder,) = loss.held
     encoder.forward = lambda images: Features((torch.zeros(2, 16, 4, 6),), pooled)
     with pytest.raises(DataError, match=found):
         loss(given)

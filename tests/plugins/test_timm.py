@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import underpaint
-from underpaint import ConfigError, DataError, NotFoundError, testing
+from underpaint import ConfigError, DataError, NotFoundError, UnreachableError, testing
 from underpaint_timm import _ALIASES, _EXAMPLES
 from underpaint_timm.config import TimmConfig
 from underpaint_timm.encoder import TimmEncoder
@@ -384,7 +384,7 @@ def test_unreachable_hub_ends_at_once_in_one_sentence(monkeypatch: pytest.Monkey
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
     calls = []
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a, **_: calls.append(a))
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(UnreachableError) as caught:
         underpaint.create("encoder", "dinov2-b")
     message = str(caught.value)
     assert not calls  # the client that retries is never started

@@ -436,7 +436,7 @@ def test_paper_scale_recipe_says_what_the_paper_says() -> None:
     assert [w.get("ssim", 0) for w in weights] == [0, 0, 1, 0]
     assert [w.get("vf", 0) for w in weights] == [5, 1, 0, 0]
     assert [w.get("kl", 0) for w in weights] == [1e-6, 1e-6, 0, 0]
-    assert [w.get("critics/projected", 0) for w in weights] == [1, 1, 1, 1]
+    assert [w.get("critics/vfm-vae", 0) for w in weights] == [1, 1, 1, 1]
     assert [w.get("critics/multiscale", 0) for w in weights] == [0, 0, 0, 1]
     assert [w.get("vfmvae/pyramid", 0) for w in weights] == [0.1, 0, 0, 0]
     (window,) = (loss.end for loss in recipe.stages[0].losses if loss.name == "vfmvae/pyramid")

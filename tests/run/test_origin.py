@@ -6,14 +6,17 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import underpaint
 from tests.run.conftest import tiny_recipe
 from underpaint.errors import DataError
 from underpaint.run.pipeline import run_recipe
+from underpaint.run.training import _check_same
 from underpaint.training.checkpoint import _digest
 
 
@@ -68,3 +71,45 @@ def test_a_checkpoint_of_an_earlier_version_says_nothing(finished: Path, tmp_pat
         del body["extra"]["origin"]
         manifest.write_text(json.dumps({"body": body, "sha256": _digest(body)}))
     run_recipe(tiny_recipe(), out, until="perceive")
+
+
+def encoder_file(path: Path, seed: int) -> None:
+    torch.manual_seed(seed)
+    encoder = underpaint.create("encoder", "tiny/vit@random", **SMALL)
+    save_file({name: torch.randn_like(value) for name, value in encoder.state_dict().items()}, path)
+
+
+SMALL = {"width": 32, "depth": 1, "heads": 2}
+
+
+@pytest.mark.parametrize("kind", ["features", "critics/projected"])
+def test_another_network_of_a_loss_is_refused(finished: Path, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "eye.safetensors"
+    encoder_file(path, 0)
+    loss = {"name": kind, "encoder": f"tiny/vit@file:{path}", "options": SMALL, "layers": [0]}
+    recipe = tiny_recipe(f"stages.align.losses={json.dumps(['l1', loss])}")
+    out = tmp_path / "run"
+    run_recipe(recipe, out, until="align")
+    shutil.rmtree(out / "stages" / "align" / "tokenizer")
+    newest = max((out / "stages" / "align" / "checkpoints").glob("step-*"))
+    shutil.rmtree(newest)
+    encoder_file(path, 1)
+    with pytest.raises(DataError, match=f"another set of frozen weights of the loss '{kind.replace('/', '_')}'"):
+        run_recipe(recipe, out, until="align")
+    encoder_file(path, 0)
+    run_recipe(recipe, out, until="align")
+
+
+class TwoRanks:
+    """Ranks of which the other one has another teacher."""
+
+    def all_gather_object(self, value: dict[str, str]) -> list[dict[str, str]]:
+        return [value, value | {"teacher": "b" * 64}]
+
+
+def test_ranks_with_different_files_are_refused() -> None:
+    same = SimpleNamespace(name="align", origin={"teacher": "b" * 64})
+    _check_same(TwoRanks(), same)  # type: ignore[arg-type]
+    other = SimpleNamespace(name="align", origin={"teacher": "a" * 64})
+    with pytest.raises(DataError, match=r"'align' has on rank 1 another teacher, of hash b{12}, than on rank 0"):
+        _check_same(TwoRanks(), other)  # type: ignore[arg-type]

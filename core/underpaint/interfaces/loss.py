@@ -94,11 +94,14 @@ class Loss(nn.Module, Component, ABC):
             the part ``losses`` of the stage and saved in its checkpoints, never exported. A loss that does not train
             is frozen.
         layers: Blocks of the backbone whose hidden states it reads, counted from 0.
+        held: Frozen networks that it computes with and keeps outside of its modules, such as the encoder of a critic.
+            A training goes on only with the same: checkpoints record the hash of all frozen weights of a loss.
     """
 
     needs: ClassVar[frozenset[str]]
     trains: ClassVar[bool] = False
     layers: tuple[int, ...] = ()
+    held: tuple[nn.Module, ...] = ()
 
     def prepare(self, sizes: StepSizes) -> None:
         """Build what depends on the model; called once, before the first step and before weights are loaded.

@@ -46,6 +46,7 @@ from underpaint.training.flops import count_flops
 from underpaint.training.latent_batches import LatentBatch, latent_batches
 from underpaint.training.loop import LoopResult
 from underpaint.training.ranks import Ranks
+from underpaint.weights import tensor_hash
 
 __all__ = ["check_diffusion", "latent_images", "run_diffusion_stage"]
 
@@ -195,6 +196,7 @@ def run_diffusion_stage(session: Session, tokenizer: Tokenizer, cache: LatentCac
             batches=batches,
             forward=forward,
             export=export,
+            origin=losses.hashes() | ({} if companion is None else {"companion": tensor_hash(companion.state_dict())}),
         ),
     )
 

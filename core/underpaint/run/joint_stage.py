@@ -76,6 +76,10 @@ class Partner:
         index: Which stage of the recipe.
         tokenizer: Whose latents it is trained on.
         sizes: Those of the tokenizer and of the images.
+
+    Attributes:
+        losses: Those of the diffusion model.
+        blocks: Its blocks.
     """
 
     def __init__(self, session: Session, index: int, tokenizer: Tokenizer, sizes: StepSizes) -> None:
@@ -97,6 +101,7 @@ class Partner:
         losses = diffusion_losses(config, device, attrs.evolve(sizes, hidden_width=backbone.width), path)
         self.blocks: Sequence[nn.Module] = backbone.blocks() or [backbone]
         self._text = conditioner.accepts == "text"
+        self.losses = losses
         self._denoiser = DiffusionModule(backbone, conditioner, losses, path=config.path, predicts=config.predicts)
         shape = (sizes.latent_channels, *sizes.grid)
         self._noise = StepNoise(config, shape, session.stage_seed(index), device)

@@ -13,6 +13,7 @@ from underpaint.config.stages import StageConfig
 from underpaint.data.loader import Batch
 from underpaint.errors import ConfigError
 from underpaint.evaluation.measure import make_metrics, measure_reconstruction
+from underpaint.interfaces.encoder import Encoder
 from underpaint.models.build import load_tokenizer
 from underpaint.models.folders import copy_tokenizer, save_tokenizer
 from underpaint.models.tokenizer import Tokenizer
@@ -86,7 +87,9 @@ def run_tokenizer_stage(session: Session, index: int, tokenizer: Tokenizer) -> L
     if stage.lora is not None:
         # After the count: the sums of the pairs are made once a step, not for every image.
         learner.add_lora(stage.lora)
-    origin = _origin(learner, teacher)
+    origin = _origin(learner, teacher) | losses.hashes()
+    if partner is not None:
+        origin |= {f"{name} of the denoiser": found for name, found in partner.losses.hashes().items()}
     keep = None if stage.guard is None else learner.add_guard(stage.guard, ranks.average)
 
     apart = learner.decoder.last_layer() if "decoder" in losses.adaptive else None
@@ -106,7 +109,7 @@ def run_tokenizer_stage(session: Session, index: int, tokenizer: Tokenizer) -> L
     def export(state: dict[str, Tensor]) -> None:
         own = merged(learner, {name.removeprefix(_JOINT): t for name, t in state.items()})
         result = copy_tokenizer(tokenizer, {name: t for name, t in own.items() if name.startswith(_PARTS)})
-        result.about = _facts(session, index, stage)
+        result.about = _facts(session, index, stage, losses)
         if any(part.partition(".")[0] != "decoder" for part in stage.trains):
             # Those of the latents before the stage.
             result.statistics = None
@@ -211,12 +214,15 @@ def _stop_rule(session: Session, stage: StageConfig, module: TokenizerModule, en
     return StopRule(config, session.folder.stage(stage.name) / "stopping.jsonl", measure, ranks)
 
 
-def _facts(session: Session, index: int, stage: StageConfig) -> dict[str, Any]:
+def _facts(session: Session, index: int, stage: StageConfig, losses: WeightedLosses) -> dict[str, Any]:
     recipe = session.recipe
     trained = [f"{s.name}: {_trained(s)} for {_length(s)} of {s.batch}" for s in recipe.stages[: index + 1]]
+    # The recipe may leave the choice to the loss.
+    seen = [(i.config.name, e.spec.name) for i in losses.items for e in i.loss.held if isinstance(e, Encoder)]
     return {
         "title": f"{recipe.name}: tokenizer after stage {stage.name}",
-        "facts": [f"Trained on {session.data.facts()['train']} in stages: {'; '.join(trained)}."],
+        "facts": [f"Trained on {session.data.facts()['train']} in stages: {'; '.join(trained)}."]
+        + [f"The loss {loss} of stage {stage.name} looked through {encoder}." for loss, encoder in seen],
         "size": [session.data.config.height, session.data.config.width],
     }
 

@@ -22,6 +22,7 @@ from underpaint.training.engine import Engine
 from underpaint.training.flops import peak_flops
 from underpaint.training.log import StageLog
 from underpaint.training.loop import LoopResult, train_loop
+from underpaint.training.ranks import Ranks
 from underpaint.training.signals import StopRequest
 from underpaint.training.stopping import StopRule
 from underpaint.training.terms import LossItem
@@ -90,9 +91,11 @@ def train_stage(session: Session, plan: StagePlan) -> LoopResult:
     """Train a stage from wherever its newest checkpoint is, and export its result.
 
     Raises:
-        DataError: The checkpoint was trained with other frozen weights than those that are there now.
+        DataError: The checkpoint was trained with other frozen weights than those that are there now, or the ranks do
+            not have the same ones.
     """
     config, ranks = session.recipe.engine, session.ranks
+    _check_same(ranks, plan)
     folder = session.folder.stage(plan.name)
     folder.mkdir(parents=True, exist_ok=True)
     if config.compile:
@@ -200,6 +203,18 @@ def train_stage(session: Session, plan: StagePlan) -> LoopResult:
             tracker.close()
     plugins.call("on_stage_end", folder=session.folder.root, stage=plan.name, step=result.steps)
     return result
+
+
+def _check_same(ranks: Ranks, plan: StagePlan) -> None:
+    first, *others = ranks.all_gather_object(dict(plan.origin))
+    for rank, other in enumerate(others, 1):
+        for name in sorted(first.keys() | other.keys()):
+            ours, theirs = (found.get(name, "none")[:12] for found in (first, other))
+            if ours != theirs:
+                raise DataError(
+                    f"Stage '{plan.name}' has on rank {rank} another {name}, of hash {theirs}, than on rank 0, of hash "
+                    f"{ours}; give all ranks the same files."
+                )
 
 
 def _check_origin(checkpoint: Checkpoint, plan: StagePlan) -> None:

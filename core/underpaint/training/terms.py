@@ -13,6 +13,7 @@ from underpaint.errors import ConfigError
 from underpaint.interfaces.loss import AdversarialLoss, Loss, StepSizes, StepTensors
 from underpaint.registration.manager import manager
 from underpaint.training.balance import Share, balanced, detached
+from underpaint.weights import tensor_hash
 
 __all__ = ["LossItem", "WeightedLosses"]
 
@@ -165,6 +166,21 @@ class WeightedLosses:
         assert seen.reconstruction is not None
         loss, factors = balanced(shares, tensors.reconstruction, seen.reconstruction, layers, self._average)
         return loss, terms | {f"factor_{key}": factor for key, factor in factors.items()}
+
+    def hashes(self) -> dict[str, str]:
+        """Return hashes of what the losses compute with and do not train, by what it is."""
+        found = {}
+        for item in self.items:
+            networks = (item.loss, *item.loss.held)
+            frozen = {
+                f"{place}.{name}": param
+                for place, network in enumerate(networks)
+                for name, param in network.named_parameters()
+                if not param.requires_grad
+            }
+            if frozen:
+                found[f"set of frozen weights of the loss '{item.key}'"] = tensor_hash(frozen)
+        return found
 
     def alignment(self, tensors: StepTensors) -> Tensor | None:
         """Return the sum of the alignments that count at a step, without their weights; None where none does."""
