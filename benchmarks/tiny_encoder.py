@@ -54,7 +54,7 @@ def features(name: str, images: Tensor, device: torch.device) -> tuple[Tensor, T
     encoder = underpaint.create("encoder", name).to(device).eval()
     pooled, maps = [], []
     for part in images.split(500):
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16):
             found = encoder(to_tensor(part.to(device)))
         assert found.pooled is not None
         pooled.append(found.pooled.float())

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from underpaint.api import create, load, plugins, registry
     from underpaint.data.images import decode_image
+    from underpaint.diffusion.times import ddpm_fractions
     from underpaint.errors import (
         BrokenImageError,
         ConfigError,
@@ -81,6 +82,7 @@ _HOME = {
     "VarianceField": "interfaces.sampler",
     "VelocityField": "interfaces.sampler",
     "create": "api",
+    "ddpm_fractions": "diffusion.times",
     "decode_image": "data.images",
     "hookimpl": "hookspecs",
     "is_location": "weights",
@@ -133,6 +135,7 @@ __all__ = [
     "VarianceField",
     "VelocityField",
     "create",
+    "ddpm_fractions",
     "decode_image",
     "hookimpl",
     "is_location",

@@ -176,7 +176,8 @@ def register_recipes(register: RecipeRegistrar) -> None:
     """Called once, when plugins are discovered, to collect recipes.
 
     Args:
-        register: Callable that takes a recipe name and the path of its YAML file.
+        register: Callable that takes a recipe name and the path of its YAML file; ``register.folder(path)`` takes all
+            of a folder under their own names.
 
     Result: ignored.
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import underpaint
-from underpaint import Backbone, Condition, Prediction
+from underpaint import Backbone, Condition, Prediction, ddpm_fractions
 from underpaint_dit.config import DiTConfig
-from underpaint_dit.schedule import noise_fractions, timestep
+from underpaint_dit.schedule import timestep
 
 __all__ = ["DiT"]
 
@@ -31,9 +31,9 @@ class DiT(Backbone):
     knows no timestep, x_vp is read as a latent of timestep 999: x_t and t in the last formula are then those of that
     noise fraction, and the velocity is finite at t = 1, by at most 158·(ε − x_t).
 
-    Trained here, from scratch or further, it learns by the loss of the converted output: the velocity's squared error
-    is DiT's squared error of the noise, weighted by 1/(1 − t)². The variance then receives no gradient, and stays as
-    it is. It is handed on as `Prediction.variance`, for ``ddpm`` with ``variance: learned``.
+    It is trained as published by the loss ``dit/hybrid`` at times of the distribution ``ddpm``. By the loss
+    ``velocity``, which weights the squared error of the noise by 1/(1 − t)², the variance receives no gradient. It is
+    handed on as `Prediction.variance`, for ``ddpm`` with ``variance: learned``.
 
     The network is that of ``sit/*``, which SiT took over from DiT; the labels are the conditioner's.
 
@@ -66,7 +66,7 @@ class DiT(Backbone):
         Raises:
             DataError: The latent, the condition or a layer does not fit the network.
         """
-        last = noise_fractions(t.device)[-1]
+        last = ddpm_fractions(t.device)[-1]
         t = t.double()
         step = timestep(t)
         clamped = t.clamp(max=last)

@@ -106,12 +106,4 @@ def register_importers(register: Any) -> None:
 @hookimpl
 def register_recipes(register: Any) -> None:
     """Register every recipe of the folder ``recipes`` under the name of its file."""
-    for path in sorted(Path(__file__).with_name("recipes").glob("*.yaml")):
-        register(path.stem, path, summary=_about(path))
-
-
-def _about(path: Path) -> str:
-    # Parsing the YAML would cost more than the rest of the discovery.
-    with path.open(encoding="utf-8") as file:
-        lines = (line.partition(":") for line in file)
-        return next((text.strip().strip("\"'") for key, _, text in lines if key == "about"), "")
+    register.folder(Path(__file__).with_name("recipes"))

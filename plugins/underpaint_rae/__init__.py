@@ -60,15 +60,4 @@ def register_importers(register: Any) -> None:
 @hookimpl
 def register_recipes(register: Any) -> None:
     """Register every recipe of the folder ``recipes`` under the name of its file."""
-    for path in sorted(Path(__file__).with_name("recipes").glob("*.yaml")):
-        register(path.stem, path, summary=_about(path))
-
-
-def _about(path: Path) -> str:
-    # A full YAML parse of every recipe would cost more than the rest of the discovery.
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            key, _, text = line.partition(":")
-            if key == "about":
-                return text.strip().strip("\"'")
-    return ""
+    register.folder(Path(__file__).with_name("recipes"))

@@ -43,7 +43,5 @@ def register_losses(register: Any) -> None:
 
 @hookimpl
 def register_recipes(register: Any) -> None:
-    """Register the recipes that train ``tiny/vit``."""
-    folder = Path(__file__).with_name("recipes")
-    register("tiny-encoder", folder / "tiny-encoder.yaml", summary="tiny/vit without labels, on small photographs")
-    register("tiny-encoder-supervised", folder / "tiny-encoder-supervised.yaml", summary="tiny/vit with labels")
+    """Register every recipe of the folder ``recipes`` under the name of its file."""
+    register.folder(Path(__file__).with_name("recipes"))

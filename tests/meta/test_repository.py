@@ -59,6 +59,7 @@ PUBLIC = [
     "VarianceField",
     "VelocityField",
     "create",
+    "ddpm_fractions",
     "decode_image",
     "hookimpl",
     "is_location",

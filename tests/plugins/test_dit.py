@@ -15,8 +15,8 @@ from tests.plugins import backbones
 from tests.plugins.backbones import disturbed, inputs
 from torch import Tensor, nn
 
-from underpaint import Condition, Prediction
-from underpaint_dit.schedule import alphas_cumprod, noise_fractions, timestep
+from underpaint import Condition, Prediction, ddpm_fractions
+from underpaint_dit.schedule import timestep
 
 TINY = backbones.TINY["dit/S-2"]
 make = partial(backbones.make, "dit/S-2")
@@ -34,22 +34,24 @@ def table() -> np.ndarray:
 
 
 def test_the_table_is_that_of_the_linear_schedule() -> None:
-    np.testing.assert_allclose(alphas_cumprod().numpy(), table(), rtol=1e-11)
+    t = ddpm_fractions().numpy()
+    kept = (1 - t) ** 2 / ((1 - t) ** 2 + t**2)
+    np.testing.assert_allclose(kept, table(), rtol=1e-11)
     # Printed by the original: timesteps 0, 1, 250, 613, 999.
     recorded = [0.9999, 0.9997800920720721, 0.5214230306185275, 0.021798901233696977, 4.035829765375676e-05]
-    np.testing.assert_allclose(alphas_cumprod()[[0, 1, 250, 613, 999]].numpy(), recorded, rtol=1e-9)
+    np.testing.assert_allclose(kept[[0, 1, 250, 613, 999]], recorded, rtol=1e-9)
 
 
 def test_fractions_have_the_ratio_of_their_timestep() -> None:
-    t = noise_fractions().numpy()
+    t = ddpm_fractions().numpy()
     np.testing.assert_allclose((1 - t) ** 2 / t**2, table() / (1 - table()), rtol=1e-9)
     assert (round(t[0], 4), round(t[-1], 4)) == (FIRST, LAST)
 
 
 def test_timesteps_are_exact_at_the_table() -> None:
-    np.testing.assert_allclose(timestep(noise_fractions()).numpy(), np.arange(1000), atol=1e-9)
+    np.testing.assert_allclose(timestep(ddpm_fractions()).numpy(), np.arange(1000), atol=1e-9)
     # What float32 loses of t is less than a fiftieth of a step.
-    np.testing.assert_allclose(timestep(noise_fractions().float()).numpy(), np.arange(1000), atol=0.02)
+    np.testing.assert_allclose(timestep(ddpm_fractions().float()).numpy(), np.arange(1000), atol=0.02)
 
 
 @settings(max_examples=200)
@@ -106,7 +108,7 @@ def test_table_points_are_dits_own_latents() -> None:
     x0, noise = torch.randn(2, 4, 4, 4, 4, generator=generator, dtype=torch.float64)
     model, network = oracle(noise)
     steps = torch.tensor([0, 1, 500, 999])
-    t = noise_fractions()[steps]
+    t = ddpm_fractions()[steps]
     column = t[:, None, None, None]
     model((1 - column) * x0 + column * noise, t, Condition())
     kept = torch.from_numpy(table())[steps][:, None, None, None]
@@ -129,7 +131,7 @@ def test_pure_noise_is_read_as_the_last_timestep() -> None:
 def test_velocity_is_continuous_where_it_is_clamped() -> None:
     model = disturbed(make(**TINY).double())
     x, _, condition = inputs(dtype=torch.float64)
-    for edge in (noise_fractions()[0], noise_fractions()[-1]):
+    for edge in (ddpm_fractions()[0], ddpm_fractions()[-1]):
         below, above = (model(x, (edge + e).expand(2), condition).velocity for e in (-1e-9, 1e-9))
         torch.testing.assert_close(below, above, rtol=1e-4, atol=1e-4)
 

@@ -123,21 +123,27 @@ def test_hook_register_importers(make: Make, load: Load) -> None:
     _register("register_importers", make, load)
 
 
-def test_hook_register_recipes(make: Make, load: Load) -> None:
+def test_hook_register_recipes(make: Make, load: Load, tmp_path: Path) -> None:
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all" / "slow.yaml").write_text('# Comment\nname: slow\nabout: "A slow one: really"\n')
+    (tmp_path / "all" / "notes.txt").write_text("about: nothing")
     manager = load(
         make(
             "one",
-            """
+            f"""
             @underpaint.hookimpl
             def register_recipes(register):
-                register("quick", "recipes/quick.yaml", summary="A quick one")
+                register("quick", "recipes/quick.yaml")
+                register.folder({str(tmp_path / "all")!r})
             """,
         )
     )
-    (recipe,) = manager.catalogue.recipes()
+    recipe, slow = manager.catalogue.recipes()
     assert (recipe.name, recipe.path, recipe.plugin) == ("quick", Path("recipes/quick.yaml"), "one")
+    assert (slow.name, slow.path) == ("slow", tmp_path / "all" / "slow.yaml")
+    assert (recipe.about(), slow.about()) == ("", "A slow one: really")
     assert manager.catalogue.recipe("quick") is recipe
-    assert manager.record("one").names == (("recipe", "quick"),)
+    assert manager.record("one").names == (("recipe", "quick"), ("recipe", "slow"))
 
 
 # ------------------------------------------------------------------------------ life of a run

@@ -48,6 +48,7 @@ def train(folder: Path, **changes: Any) -> str:
 
 
 SIT = TINY["diffusion"]["backbone"]
+DIT = {"name": "dit/S-2", "width": 32, "depth": 1, "heads": 2}
 MMDIT = {"name": "mmdit/d6-1", "width": 32, "depth": 1, "heads": 2}
 TEXT = {"name": "text/hf", "folder": "random", "length": 8}
 VIT = {"name": "tiny/vit@random", "width": 32, "depth": 2, "heads": 2}
@@ -93,6 +94,15 @@ CASES: list[tuple[dict[str, Any], str]] = [
         "reads the hidden states after block 2, and the backbone 'sit/S-1' has blocks 0 to 1",
     ),
     ({"diffusion.losses": ["l1"]}, "reconstruction"),
+    ({"diffusion.losses": ["dit/hybrid"]}, "trains a variance, and the backbone gives none; take a backbone of DiT"),
+    (
+        {"diffusion.losses": ["dit/hybrid"], "diffusion.backbone": DIT, "diffusion.path": "cosine"},
+        "'dit/hybrid' reads the noise from the velocity of the linear path; remove diffusion.path",
+    ),
+    (
+        {"diffusion.losses": ["velocity", {**REPA, "spatial": 1.0, "options": {"patch": 32}}]},
+        "normalises its targets over the cells of an image, and the encoder",
+    ),
     ({"evaluation.sampler": {"name": "euler", "steps": 0}}, "steps"),
     (
         {"evaluation.sampler": {"name": "ddpm", "variance": "learned", "schedule": "discrete"}},

@@ -25,7 +25,7 @@ def recipes(ctx: click.Context) -> None:
 def list_(as_json: bool = False) -> None:
     """List the shipped recipes."""
     rows = [
-        {"name": f"{PREFIX}{r.name}", "about": r.summary, "plugin": r.plugin} for r in manager().catalogue.recipes()
+        {"name": f"{PREFIX}{r.name}", "about": r.about(), "plugin": r.plugin} for r in manager().catalogue.recipes()
     ]
     if as_json:
         print_json(rows)

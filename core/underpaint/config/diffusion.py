@@ -32,7 +32,8 @@ class TimeConfig:
 
     Attributes:
         distribution: On [0, 1]: ``uniform``; ``logit-normal``, the sigmoid of a normal variable; ``mode``, which
-            favours the middle by a factor (both Esser et al. 2024, §3.1).
+            favours the middle by a factor (both Esser et al. 2024, §3.1); ``ddpm``, any of the 1000 timesteps of DDPM's
+            linear schedule, as `ddpm_fractions` has them.
         mean: Mean of that normal variable, in our time (0 data, 1 noise).
         std: Its standard deviation.
         mode: s of the mode distribution, from −1 to 2/(π−2); above 0 favours the middle, 0 is uniform.
@@ -44,7 +45,7 @@ class TimeConfig:
         patch: Latent cells of one token, per side, for the rules that count tokens.
     """
 
-    distribution: Literal["uniform", "logit-normal", "mode"] = "logit-normal"
+    distribution: Literal["uniform", "logit-normal", "mode", "ddpm"] = "logit-normal"
     mean: float = 0.0
     std: float = attrs.field(default=1.0, validator=positive)
     mode: float = attrs.field(default=1.29, validator=v.and_(v.ge(-1.0), v.le(2.0 / (math.pi - 2.0))))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from underpaint.config.diffusion import ShiftRule, TimeConfig
 
-__all__ = ["sample_time", "shift_factor", "shift_time"]
+__all__ = ["ddpm_fractions", "sample_time", "shift_factor", "shift_time"]
 
 
 def sample_time(
@@ -51,8 +51,24 @@ def _quantile(config: TimeConfig, rank: Tensor) -> Tensor:
         return rank
     if config.distribution == "logit-normal":
         return torch.sigmoid(config.mean + config.std * torch.special.ndtri(rank))
+    if config.distribution == "ddpm":
+        table = ddpm_fractions(rank.device)
+        return table[(rank * len(table)).long().clamp(max=len(table) - 1)]
     # f_mode of Esser et al. 2024, §3.1, with u = 1 − rank.
     return rank - config.mode * (torch.sin(math.pi / 2 * rank).square() - rank)
+
+
+def ddpm_fractions(device: torch.device | str = "cpu") -> Tensor:
+    """Return the noise fractions of DDPM's 1000 timesteps: those with the same signal-to-noise ratio.
+
+    β grows linearly from 10⁻⁴ to 2·10⁻² (Ho et al. 2020, §4), ᾱ_i = Π_{j ≤ i} (1 − β_j), and
+    (1 − t)²/t² = ᾱ/(1 − ᾱ).
+
+    Returns:
+        float64 of shape 1000, from 0.0099 to 0.9937.
+    """
+    kept = torch.cumprod(1.0 - torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64, device=device), dim=0)
+    return torch.sigmoid(0.5 * (torch.log1p(-kept) - kept.log()))
 
 
 @lru_cache

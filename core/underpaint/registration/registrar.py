@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -85,9 +86,18 @@ class RecipeRegistration:
 
     name: str
     path: Path
-    summary: str
     plugin: str
     distribution: str
+
+    def about(self) -> str:
+        """Return what the file says under ``about``; nothing where it says nothing or is not there."""
+        # Parsing the YAML of every recipe would cost more than the rest of the discovery.
+        with contextlib.suppress(OSError), self.path.open(encoding="utf-8") as file:
+            for line in file:
+                key, _, text = line.partition(":")
+                if key == "about":
+                    return text.strip().strip("\"'")
+        return ""
 
 
 class Registrar:
@@ -179,13 +189,14 @@ class RecipeRegistrar:
         self._distribution = distribution
         self._sink = sink
 
-    def __call__(self, name: str, path: str | Path, *, summary: str = "") -> None:
+    def __call__(self, name: str, path: str | Path) -> None:
         """Register the YAML file at `path` under `name`."""
-        self._sink(
-            RecipeRegistration(
-                name=name, path=Path(path), summary=summary, plugin=self._plugin, distribution=self._distribution
-            )
-        )
+        self._sink(RecipeRegistration(name=name, path=Path(path), plugin=self._plugin, distribution=self._distribution))
+
+    def folder(self, path: str | Path) -> None:
+        """Register every YAML file of a folder under its own name."""
+        for file in sorted(Path(path).glob("*.yaml")):
+            self(file.stem, file)
 
 
 def load_target(target: str) -> Any:

@@ -38,7 +38,7 @@ from underpaint.training.diffusion_stage import (
     DiffusionModule,
     StepNoise,
     check_companion,
-    check_layers,
+    check_losses,
     diffusion_losses,
 )
 from underpaint.training.engine import Engine
@@ -92,7 +92,7 @@ def _check_learning(config: DiffusionConfig, backbone: Backbone, sizes: StepSize
     with torch.random.fork_rng(devices=[]):
         check_companion(config.backbone.name, backbone, _companion(config.companion, cpu), sizes.image)
         losses = diffusion_losses(config, cpu, sizes)
-    check_layers(losses, config.backbone.name, backbone)
+        check_losses(losses, config, backbone, sizes)
 
 
 def run_diffusion_stage(session: Session, tokenizer: Tokenizer, cache: LatentCache) -> LoopResult:

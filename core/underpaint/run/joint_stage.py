@@ -18,7 +18,7 @@ from underpaint.models.generator import Generator, SamplingSettings
 from underpaint.models.tokenizer import Tokenizer
 from underpaint.run.data import RunData
 from underpaint.run.session import Session
-from underpaint.training.diffusion_stage import DiffusionModule, StepNoise, check_layers, diffusion_losses
+from underpaint.training.diffusion_stage import DiffusionModule, StepNoise, check_losses, diffusion_losses
 from underpaint.training.heads import differences
 from underpaint.training.joint_stage import JointModule, LatentNorm, running_statistics
 from underpaint.training.tokenizer_stage import TokenizerModule, tokenizer_sizes
@@ -58,14 +58,15 @@ def check_denoiser(recipe: Recipe, index: int, tokenizer: Tokenizer, data: RunDa
             f"{path}.backbone '{name}' denoises a companion vector, which a stage cannot give it; "
             "take a backbone without one, such as 'sit/XL-1'."
         )
+    sizes = attrs.evolve(sizes, hidden_width=backbone.width)
     with torch.random.fork_rng(devices=[]):
-        losses = diffusion_losses(config, torch.device("cpu"), attrs.evolve(sizes, hidden_width=backbone.width), path)
+        losses = diffusion_losses(config, torch.device("cpu"), sizes, path)
+        check_losses(losses, config, backbone, sizes)
     if not any(item.aligns for item in losses.items):
         raise ConfigError(
             f"{path}.losses has no loss that reads hidden states of the backbone, so nothing of it would reach the "
             "tokenizer; add {name: repa, weight: 0.5, encoder: …}, or train the diffusion model in 'diffusion'."
         )
-    check_layers(losses, name, backbone)
 
 
 class Partner:

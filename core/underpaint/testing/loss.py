@@ -104,6 +104,7 @@ def _step(subject: Subject, batch: int = 2) -> StepTensors:
             draw(*_LATENT),
             {layer: draw(tokens, _WIDTH) for layer in range(_LAYERS)},
             draw(_COMPANION) if paired else None,
+            draw(*_LATENT).sigmoid(),
         ),
         companion_target=draw(_COMPANION) if paired else None,
     )
@@ -272,7 +273,12 @@ def finite_at_the_optimum(subject: Subject) -> None:
         features=convert(step.reference_features, torch.clone),
         posterior=convert(step.reference_posterior, torch.clone),
         reconstruction=Reconstruction(step.images.clone()),
-        prediction=Prediction(step.target.clone(), step.prediction.hidden, convert(step.companion_target, torch.clone)),
+        prediction=Prediction(
+            step.target.clone(),
+            step.prediction.hidden,
+            convert(step.companion_target, torch.clone),
+            convert(step.prediction.variance, torch.clone),
+        ),
     )
     learning = _learning(perfect)
     terms = _seeded(_loss(subject))(learning)

@@ -13,13 +13,13 @@ from underpaint.data.order import sample_seed
 from underpaint.diffusion.paths import PATHS
 from underpaint.diffusion.times import sample_time
 from underpaint.errors import ConfigError
-from underpaint.interfaces.backbone import Backbone
+from underpaint.interfaces.backbone import Backbone, Prediction
 from underpaint.interfaces.conditioner import Condition, Conditioner
 from underpaint.interfaces.encoder import Encoder
 from underpaint.interfaces.loss import StepSizes, StepTensors
 from underpaint.training.terms import WeightedLosses
 
-__all__ = ["DiffusionModule", "StepNoise", "check_companion", "check_layers", "diffusion_losses"]
+__all__ = ["DiffusionModule", "StepNoise", "check_companion", "check_losses", "diffusion_losses"]
 
 
 class StepNoise:
@@ -140,13 +140,21 @@ def check_companion(name: str, backbone: Backbone, encoder: Encoder | None, imag
         )
 
 
-def check_layers(losses: WeightedLosses, name: str, backbone: Backbone) -> None:
-    """Refuse losses that read the hidden states of blocks which the backbone, registered as `name`, does not have.
+def check_losses(losses: WeightedLosses, config: DiffusionConfig, backbone: Backbone, sizes: StepSizes) -> None:
+    """Refuse losses that do not fit the backbone, by calling each with what the backbone will give.
+
+    Args:
+        losses: On the CPU.
+        config: The settings.
+        backbone: On any device; it is not called.
+        sizes: What the losses were prepared for.
 
     Raises:
-        ConfigError: The message says which blocks there are.
+        ConfigError: A loss reads the hidden states of blocks which the backbone does not have, or another output, or is
+            not made for the path or the prediction.
+        DataError: The grids of two of them do not fit each other.
     """
-    blocks = len(backbone.blocks())
+    name, blocks = config.backbone.name, len(backbone.blocks())
     for item in losses.items:
         for layer in item.loss.layers:
             if blocks and layer >= blocks:
@@ -154,6 +162,35 @@ def check_layers(losses: WeightedLosses, name: str, backbone: Backbone) -> None:
                     f"The loss '{item.config.name}' reads the hidden states after block {layer}, and the backbone "
                     f"'{name}' has blocks 0 to {blocks - 1}; set the loss's option 'layer' to one of them."
                 )
+    tensors = _example(config, backbone, sizes, losses.layers)
+    with torch.no_grad():
+        for item in losses.items:
+            item.loss(tensors)
+
+
+def _example(config: DiffusionConfig, backbone: Backbone, sizes: StepSizes, layers: Sequence[int]) -> StepTensors:
+    """Return a step of one sample, with random numbers for the backbone's output."""
+    path, companion = PATHS[config.path], backbone.companion
+    (height, width), shape = sizes.grid, (1, sizes.latent_channels, *sizes.grid)
+    tokens = height * width // backbone.patch**2 + bool(companion)
+    x0, noise, t = torch.randn(shape), torch.randn(shape), torch.full((1,), 0.5)
+    vectors = (torch.randn(1, companion), torch.randn(1, companion))
+    return StepTensors(
+        step=0,
+        inputs=torch.rand(1, 3, *sizes.image) * 2.0 - 1.0,
+        x0=x0,
+        noise=noise,
+        t=t,
+        x_t=path.mix(x0, noise, t),
+        target=path.quantity(config.predicts, x0, noise, t),
+        prediction=Prediction(
+            torch.randn(shape),
+            {layer: torch.randn(1, tokens, backbone.width) for layer in layers},
+            torch.randn(1, companion) if companion else None,
+            torch.rand(shape) if backbone.variance else None,
+        ),
+        companion_target=path.quantity(config.predicts, *vectors, t) if companion else None,
+    )
 
 
 class DiffusionModule(nn.Module):
