@@ -15,6 +15,7 @@ import underpaint
 import underpaint_aligntok
 from underpaint import Adapter, ConfigError, DataError, Features, Loss, Posterior, StepTensors
 from underpaint.api import registry
+from underpaint.run.recipes import load_recipe
 from underpaint_aligntok.adapter import Mlp
 
 
@@ -190,3 +191,15 @@ def test_summary_is_the_about_line(tmp_path: Path, text: str, summary: str) -> N
     path = tmp_path / "a.yaml"
     path.write_text(text, encoding="utf-8")
     assert underpaint_aligntok._about(path) == summary
+
+
+@pytest.mark.parametrize(
+    ("name", "lr", "of_encoder"),
+    [("aligntok", 1e-4, 2e-5), ("aligntok-laion", 1e-4, 2e-5), ("aligntok-d64", 2e-4, 4e-5)],
+)
+def test_the_encoder_has_the_settings_of_a_vit_in_stage_2(name, lr, of_encoder) -> None:
+    """aligntok.md §4.2; for d = 64, twice the rates."""
+    optimizer = load_recipe(f"recipe:{name}").stages[1].optimizer
+    encoder, rest = optimizer.of("encoder"), optimizer.of("decoder")
+    assert (encoder.lr, encoder.betas, encoder.warmup) == (of_encoder, (0.9, 0.95), 2000)
+    assert (rest.lr, rest.betas, rest.warmup, rest.schedule) == (lr, (0.5, 0.9), 0, "constant")

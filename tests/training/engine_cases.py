@@ -10,7 +10,7 @@ import torch
 import torch.multiprocessing
 from torch import Tensor, nn
 
-from underpaint.config.engine import EngineConfig, OptimizerConfig
+from underpaint.config.engine import EngineConfig, OptimizerConfig, PartOptimizer
 from underpaint.errors import RunLockedError, UnderpaintError
 from underpaint.training import state
 from underpaint.training.checkpoint import CheckpointStore
@@ -21,7 +21,16 @@ from underpaint.training.schedule import rate_factor
 
 STEPS = 20
 BATCH = 8
-OPTIMIZER = OptimizerConfig(lr=3e-3, rates={"head": 1e-2}, weight_decay=0.05, warmup=5, schedule="cosine", clip=0.5)
+OPTIMIZER = OptimizerConfig(
+    lr=3e-3,
+    parts={"head": PartOptimizer(lr=1e-2, betas=(0.6, 0.99), warmup=2), "body": PartOptimizer()},
+    weight_decay=0.05,
+    warmup=5,
+    schedule="cosine",
+    clip=0.5,
+)
+OF_THE_HEAD = {"peak": 1e-2, "betas": (0.6, 0.99), "warmup": 2}
+OF_THE_REST = {"peak": 3e-3, "betas": (0.9, 0.95), "warmup": 5}
 EMA = 0.9
 
 
@@ -63,6 +72,12 @@ def loss_of(output: Output, y: Tensor) -> Tensor:
     return (output.value - y).square().mean() + 0.01 * output.scale.square().sum()
 
 
+def rate(group: dict, applied: int) -> float:
+    """The learning rate of a group of a plain AdamW, after so many steps."""
+    schedule = OptimizerConfig(warmup=group["warmup"], schedule="cosine")
+    return group["peak"] * rate_factor(schedule, applied, STEPS)
+
+
 def reference(
     steps: int = STEPS, skip: tuple[int, ...] = ()
 ) -> tuple[list[float], dict[str, Tensor], dict[str, Tensor]]:
@@ -73,10 +88,8 @@ def reference(
     """
     net = Net()
     groups = {"body": list(net.body.parameters()), "head": list(net.head.parameters()), "rest": [net.gain]}
-    peaks = {name: OPTIMIZER.rates.get(name, OPTIMIZER.lr) for name in groups}
     adam = torch.optim.AdamW(
-        [{"params": params, "name": name} for name, params in groups.items()],
-        betas=OPTIMIZER.betas,
+        [{"params": params, **(OF_THE_HEAD if name == "head" else OF_THE_REST)} for name, params in groups.items()],
         weight_decay=OPTIMIZER.weight_decay,
     )
     average = {name: p.detach().double().clone() for name, p in net.named_parameters()}
@@ -89,7 +102,7 @@ def reference(
         if step in skip:
             continue
         for group in adam.param_groups:
-            group["lr"] = peaks[group["name"]] * rate_factor(OPTIMIZER, applied, STEPS)
+            group["lr"] = rate(group, applied)
         adam.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_([p for params in groups.values() for p in params], OPTIMIZER.clip)

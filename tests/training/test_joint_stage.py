@@ -194,7 +194,7 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
         assert other_state["norm.batches"] == state["norm.batches"] == 3
 
 
-def test_the_parts_that_rates_can_name() -> None:
+def test_the_parts_that_the_optimizer_can_name() -> None:
     module = cases.make_joint()
     assert module.learning.keys() == {"encoder", "adapter", "decoder", "backbone", "conditioner", "losses"}
     owned = {id(p) for part in module.learning.values() for p in part.parameters() if p.requires_grad}

@@ -6,12 +6,28 @@ from collections.abc import Mapping
 from typing import Literal
 
 import attrs
+from attrs import validators as v
 
-from underpaint.config.ranges import fraction, not_negative, optional_positive, positive
+from underpaint.config.ranges import betas, fraction, not_negative, optional_positive, positive
 
-__all__ = ["EngineConfig", "OptimizerConfig", "Precision"]
+__all__ = ["EngineConfig", "OptimizerConfig", "PartOptimizer", "Precision"]
 
 Precision = Literal["fp32", "bf16", "fp8"]
+
+
+@attrs.frozen(kw_only=True)
+class PartOptimizer:
+    """What a single part has of its own; None is as for the whole.
+
+    Attributes:
+        lr: Peak learning rate.
+        betas: Adam's decay rates.
+        warmup: Steps of linear warm-up from zero, 0 for none; a falling schedule begins after them.
+    """
+
+    lr: float | None = attrs.field(default=None, validator=optional_positive)
+    betas: tuple[float, float] | None = attrs.field(default=None, validator=v.optional(betas))
+    warmup: int | None = attrs.field(default=None, validator=v.optional(not_negative))
 
 
 @attrs.frozen(kw_only=True)
@@ -20,23 +36,29 @@ class OptimizerConfig:
 
     Attributes:
         lr: Peak learning rate.
-        rates: Learning rate of single parts (``encoder``, ``adapter``, ``decoder``, …), instead of `lr`.
+        parts: Settings of single parts (``encoder``, ``adapter``, ``decoder``, …), instead of those of the whole.
         betas: Adam's decay rates.
         weight_decay: Decoupled weight decay.
         warmup: Steps of linear warm-up from zero.
         schedule: After the warm-up.
         final: Learning rate at the end of a cosine or linear schedule, as a share of the peak.
-        clip: Largest norm of the gradient of all parameters; None for no clipping.
+        clip: Largest norm of the gradient of all parameters together, whatever `parts` says: DeepSpeed clips by that
+            one norm under ZeRO 1–3. None for no clipping.
     """
 
     lr: float = attrs.field(default=1e-4, validator=positive)
-    rates: Mapping[str, float] = attrs.field(factory=dict)
-    betas: tuple[float, float] = (0.9, 0.95)
+    parts: Mapping[str, PartOptimizer] = attrs.field(factory=dict)
+    betas: tuple[float, float] = attrs.field(default=(0.9, 0.95), validator=betas)
     weight_decay: float = attrs.field(default=0.0, validator=not_negative)
     warmup: int = attrs.field(default=0, validator=not_negative)
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     final: float = attrs.field(default=0.1, validator=fraction)
     clip: float | None = attrs.field(default=1.0, validator=optional_positive)
+
+    def of(self, part: str) -> OptimizerConfig:
+        """Return the settings that hold for one part."""
+        own = attrs.asdict(self.parts.get(part, PartOptimizer()))
+        return attrs.evolve(self, parts={}, **{name: value for name, value in own.items() if value is not None})
 
 
 @attrs.frozen(kw_only=True)

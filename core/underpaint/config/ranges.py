@@ -7,7 +7,7 @@ from typing import Any
 
 from attrs import validators as v
 
-__all__ = ["decay", "finite", "fraction", "not_negative", "optional_positive", "positive"]
+__all__ = ["betas", "decay", "finite", "fraction", "not_negative", "optional_positive", "positive"]
 
 positive: Any = v.gt(0)
 not_negative: Any = v.ge(0)
@@ -15,6 +15,7 @@ optional_positive: Any = v.optional(positive)
 fraction: Any = v.and_(v.ge(0.0), v.le(1.0))
 decay: Any = v.optional(v.and_(v.ge(0.0), v.lt(1.0)))
 """Of a moving average; None for no average."""
+betas: Any = v.deep_iterable(v.and_(v.ge(0.0), v.lt(1.0)))
 
 
 def finite(_: Any, attribute: Any, value: float) -> None:

@@ -117,7 +117,7 @@ class DenoiserConfig:
     alignments: they are computed a second time, with the model's weights held, for the encoder and the adapter alone.
 
     Attributes:
-        backbone: Network. It and the conditioner are parts that ``optimizer.rates`` can name.
+        backbone: Network. It and the conditioner are parts that ``optimizer.parts`` can name.
         conditioner: Labels or texts to conditions.
         losses: What the diffusion model minimises, an alignment among it.
         alignment: Weight of the alignments for the tokenizer, in place of their own.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import attrs
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -79,16 +80,8 @@ class CriticTrainer:
         settings = item.config.critic or CriticConfig()
         own = settings.optimizer
         if own is None:
-            # The rates name parts of the model.
-            own = OptimizerConfig(
-                lr=optimizer.lr,
-                betas=optimizer.betas,
-                weight_decay=optimizer.weight_decay,
-                warmup=optimizer.warmup,
-                schedule=optimizer.schedule,
-                final=optimizer.final,
-                clip=optimizer.clip,
-            )
+            # Its parts are those of the model.
+            own = attrs.evolve(optimizer, parts={})
         self._start = settings.start
         self._guard = guard
         self._average = ranks.average

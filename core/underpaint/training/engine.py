@@ -57,10 +57,10 @@ class StepResult:
 
 
 def _groups(module: nn.Module, parts: Mapping[str, nn.Module], config: OptimizerConfig) -> list[Group]:
-    unknown = sorted(set(config.rates) - set(parts))
+    unknown = sorted(set(config.parts) - set(parts))
     if unknown:
         raise ConfigError(
-            f"optimizer.rates names '{unknown[0]}', which is no part that is trained here. {suggest(unknown[0], parts)}"
+            f"optimizer.parts names '{unknown[0]}', which is no part that is trained here. {suggest(unknown[0], parts)}"
         )
     owner = {id(param): name for name, part in reversed(list(parts.items())) for param in part.parameters()}
     members: dict[str, list[tuple[str, nn.Parameter]]] = {}
@@ -72,7 +72,7 @@ def _groups(module: nn.Module, parts: Mapping[str, nn.Module], config: Optimizer
     return [
         Group(
             name=part,
-            rate=config.rates.get(part, config.lr),
+            optimizer=config.of(part),
             names=tuple(name for name, _ in pairs),
             params=tuple(param for _, param in pairs),
         )
@@ -88,7 +88,7 @@ class Engine:
 
     Args:
         module: What is trained, in fp32.
-        parts: Submodules by name, for the learning rates in ``optimizer.rates``. A parameter of several parts counts
+        parts: Submodules by name, for ``optimizer.parts``. A parameter of several parts counts
             to the first; trainable parameters outside all parts form the part ``rest``.
         optimizer: AdamW and its schedule.
         config: Device, ZeRO stage, precision, accumulation, `max_bad_steps`.
@@ -104,7 +104,7 @@ class Engine:
         train_state: Optimizer steps that were applied.
 
     Raises:
-        ConfigError: Nothing trains, or ``optimizer.rates`` names no part.
+        ConfigError: Nothing trains, or ``optimizer.parts`` names no part.
     """
 
     def __init__(
@@ -171,9 +171,11 @@ class Engine:
                 )
                 originals = {name: param.detach().to("cpu", copy=True) for name, param in pairs}
         adam = torch.optim.AdamW(
-            [{"params": target, "name": group.name} for target, group in zip(targets, groups, strict=True)],
+            [
+                {"params": target, "name": group.name, "betas": group.optimizer.betas}
+                for target, group in zip(targets, groups, strict=True)
+            ],
             lr=self._optimizer_config.lr,
-            betas=self._optimizer_config.betas,
             weight_decay=self._optimizer_config.weight_decay,
             fused=self.ranks.device.type == "cuda",
         )
@@ -251,8 +253,10 @@ class Engine:
 
     def rates(self) -> dict[str, float]:
         """Return the learning rate of each part in the coming optimizer step."""
-        factor = rate_factor(self._optimizer_config, self.train_state, self._steps)
-        return {group.name: group.rate * factor for group in self._groups}
+        return {
+            group.name: group.optimizer.lr * rate_factor(group.optimizer, self.train_state, self._steps)
+            for group in self._groups
+        }
 
     def step(self, terms: Mapping[str, Tensor] | None = None) -> StepResult:
         """End a micro-batch; the last one of an optimizer step changes the weights.

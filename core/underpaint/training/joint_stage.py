@@ -124,7 +124,7 @@ class JointModule(nn.Module):
 
     @property
     def learning(self) -> dict[str, nn.Module]:
-        """The modules that learn, by the names that learning rates go by; ``losses`` holds the heads of both sides."""
+        """The modules that learn, by their names in ``optimizer.parts``; ``losses`` holds the heads of both sides."""
         heads = nn.ModuleList([self.tokenizer.losses, self.denoiser.losses])
         sides = {"backbone": self.denoiser.backbone, "conditioner": self.denoiser.conditioner, "losses": heads}
         return {**self.tokenizer.learning, **sides}

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from underpaint.config.engine import OptimizerConfig
+
 __all__ = ["MOMENTS", "Group", "Masters", "ReplicatedMasters", "ShardedMasters"]
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -19,17 +21,17 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @attrs.frozen(eq=False)
 class Group:
-    """Trainable parameters with one learning rate.
+    """Trainable parameters with the same settings of AdamW.
 
     Attributes:
         name: Name of the part they belong to.
-        rate: Peak learning rate.
+        optimizer: The settings.
         names: Name of each parameter in the module.
         params: The parameters.
     """
 
     name: str
-    rate: float
+    optimizer: OptimizerConfig
     names: tuple[str, ...]
     params: tuple[nn.Parameter, ...]
 
