@@ -203,3 +203,13 @@ def test_the_encoder_has_the_settings_of_a_vit_in_stage_2(name, lr, of_encoder) 
     encoder, rest = optimizer.of("encoder"), optimizer.of("decoder")
     assert (encoder.lr, encoder.betas, encoder.warmup) == (of_encoder, (0.9, 0.95), 2000)
     assert (rest.lr, rest.betas, rest.warmup, rest.schedule) == (lr, (0.5, 0.9), 0, "constant")
+
+
+@pytest.mark.parametrize("name", ["aligntok", "aligntok-d64"])
+def test_stage_2_ends_when_probe_and_rfid_stay_within_a_hundredth_for_20_000_steps(name) -> None:
+    """aligntok.md §4.2."""
+    stop = load_recipe(f"recipe:{name}").stages[1].stop
+    assert stop is not None
+    assert [metric.name for metric in stop.metrics] == ["fid"]
+    assert stop.probe is not None
+    assert (stop.patience, stop.tolerance) == (20_000, 0.01)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -19,11 +21,14 @@ from tests.run.conftest import TINY, finish, train
 from underpaint.config.recipe import plain_recipe, recipe_from_plain
 from underpaint.config.schema import Recipe
 from underpaint.errors import ConfigError, DataError
+from underpaint.evaluation.probe import linear_probe
 from underpaint.models.tokenizer import Tokenizer
 from underpaint.run import tokenizer_stage
+from underpaint.run.data import open_run_data
 from underpaint.run.pipeline import run_recipe
 from underpaint.training import loop
 from underpaint.training.log import read_rows
+from underpaint.training.ranks import Ranks
 from underpaint.weights import file_hash, tensor_hash
 
 PATCHGAN = {"name": "critics/patchgan", "channels": 4, "layers": 2, "weight": 0.5, "r1": 1.0, "r1_interval": 2}
@@ -252,7 +257,7 @@ def test_two_critics_keep_their_terms_apart(tmp_path: Path) -> None:
 def test_two_ranks_give_the_losses_of_one(tmp_path: Path, zero: int) -> None:
     critic = {"name": "critics/multiscale", "channels": 4, "layers": 2, "scales": 1, "virtual_batch": 1}
     losses = ["l1", {"name": "mse", "adaptive": "adapter"}, {**critic, "adaptive": "decoder"}, VF]
-    stage = {**FIRST, "losses": losses, "equivariance": None, "stop": STOP, "steps": 9}
+    stage = {**FIRST, "losses": losses, "equivariance": None, "stop": {**STOP, "images": 7, "probe": 15}, "steps": 9}
     run_recipe(recipe(stage), tmp_path / "one")
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(plain_recipe(recipe(stage, engine={"zero": zero}))))
@@ -264,9 +269,18 @@ def test_two_ranks_give_the_losses_of_one(tmp_path: Path, zero: int) -> None:
     assert len(one) == len(two) == 3
     for ours, theirs in zip(one, two, strict=True):
         assert ours == pytest.approx(theirs, rel=2e-3)
+    # Whole images right or wrong, of those of both ranks together.
+    probes = [[row["values"]["probe"] for row in stopping(tmp_path / name)] for name in ("one", "two")]
+    assert probes[0] == [[pytest.approx(share), None] for share, _ in probes[1]]
+    assert all(share * 7 == pytest.approx(round(share * 7), abs=1e-5) for share, _ in probes[1])
 
 
 # ---------------------------------------------------------------------------------------------- stop rules
+
+
+def stopping(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "stages" / "first" / "stopping.jsonl").read_text().splitlines()]
+
 
 LONG = {**FIRST, "losses": ["l1"], "steps": 40, "stop": STOP}
 SHORT = {**SECOND, "losses": ["l1"], "trains": ["decoder"], "steps": 1}
@@ -280,8 +294,7 @@ def test_a_stage_ends_early_and_the_next_one_runs(
     run_recipe(config, tmp_path / "run")
     assert [row[0] for row in measured(tmp_path / "run", "first")] == [2, 3]
     assert [row[0] for row in measured(tmp_path / "run", "second")] == [1]
-    lines = (tmp_path / "run" / "stages" / "first" / "stopping.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+    assert [row["step"] for row in stopping(tmp_path / "run")] == [1, 2, 3]
     assert "stage first: ended after 3 steps, none better in 2" in capsys.readouterr().err
     about = json.loads((tmp_path / "run" / "stages" / "first" / "tokenizer" / "config.json").read_text())["about"]
     assert "for up to 40 steps of 4" in about["facts"][0]
@@ -294,10 +307,43 @@ def test_a_stage_ends_early_and_the_next_one_runs(
 def test_the_measured_weights_are_those_that_are_exported(tmp_path: Path) -> None:
     # The report's number after the stage is of the same images, rounded the same way.
     run_recipe(recipe(LONG), tmp_path / "run")
-    last = json.loads((tmp_path / "run" / "stages" / "first" / "stopping.jsonl").read_text().splitlines()[-1])
+    last = stopping(tmp_path / "run")[-1]
     numbers = json.loads((tmp_path / "run" / "report" / "numbers.json").read_text())
     (reported,) = [n["value"] for n in (numbers["numbers"] if isinstance(numbers, dict) else numbers)]
     assert last["values"]["psnr"] == [pytest.approx(reported, rel=1e-6), True]
+
+
+def test_the_probe_is_of_the_exported_latents(tmp_path: Path) -> None:
+    config = recipe({**LONG, "stop": {**STOP, "images": 8, "probe": 20}})
+    run_recipe(config, tmp_path / "run")
+    last = stopping(tmp_path / "run")[-1]
+    tokenizer = underpaint.load(tmp_path / "run" / "stages" / "first" / "tokenizer")
+    data = open_run_data(config.data)
+    train = {int(index) for batch in data.train_pass(20, 20, Ranks("cpu")) for index in batch.indices}
+    assert len(train) == 20
+    assert train <= set(data.train_indices.tolist())
+
+    def known(indices: Iterable[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        samples = [data.train[index] for index in indices]
+        images = torch.stack([torch.from_numpy(sample.image.copy()) for sample in samples])
+        latents = tokenizer.encode(images.permute(0, 3, 1, 2).float() / 127.5 - 1.0)
+        return latents.flatten(2).mean(2).detach(), torch.tensor([sample.label for sample in samples])
+
+    expected = linear_probe(*known(sorted(train)), *known(data.validation_indices.tolist()))
+    assert last["values"]["probe"] == [pytest.approx(expected, abs=1e-6), None]
+
+
+def test_a_probe_without_labels_is_refused_before_anything_trains(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for index in range(4):
+        Image.new("RGB", (32, 32), (60 * index, 0, 0)).save(tmp_path / "images" / f"{index}.png")
+    data = {"train": {"name": "files/folder", "path": str(tmp_path / "images")}, "holdout": 0.5}
+    stage = {**LONG, "stop": {**STOP, "probe": 20}}
+    with pytest.raises(
+        ConfigError, match="stop.probe of stage 'second' .* data.train has none; .*second.stop.probe=null"
+    ):
+        run_recipe(recipe({**SHORT, "name": "first"}, {**stage, "name": "second"}, data=data), tmp_path / "run")
+    assert not (tmp_path / "run" / "stages").exists()
 
 
 @pytest.mark.parametrize("step", [1, 2])

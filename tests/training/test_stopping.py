@@ -21,7 +21,7 @@ def world() -> Iterator[Ranks]:
 
 
 def make_rule(
-    world: Ranks, path: Path, values: Iterable[tuple[float, ...]], *, higher: bool = True, **settings: float
+    world: Ranks, path: Path, values: Iterable[tuple[float, ...]], *, higher: bool | None = True, **settings: float
 ) -> StopRule:
     """A rule that measures `values` one after another, every 2 steps."""
     config = StopConfig(metrics=(ComponentConfig(name="m"),), every=2, **{"patience": 4, "tolerance": 0.0} | settings)
@@ -82,6 +82,23 @@ def test_where_it_ends(
 def test_lower_is_better(world: Ranks, tmp_path: Path) -> None:
     assert end(make_rule(world, tmp_path / "s", single(9, 8, 7, 7, 7), higher=False), last=10) == 10
     assert end(make_rule(world, tmp_path / "t", single(7, 8, 9), higher=False), last=6) == 6
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        # Half of what the encoder knew is lost at step 6, and a hundredth at 8, which is within the tolerance.
+        ((40, 40, 20, 19.8, 20, 20), 10),
+        ((40, 44, 46, 46, 46, 46), 10),
+        # Ever further from the first, though each step is small.
+        ((100, 99.5, 98.9, 98.4, 97.8, 97.3), None),
+    ],
+)
+def test_a_value_without_a_direction_has_to_stand_still(
+    world: Ranks, tmp_path: Path, values: tuple[float, ...], expected: int | None
+) -> None:
+    rule = make_rule(world, tmp_path / "s", single(*values), higher=None, tolerance=0.01)
+    assert end(rule, last=2 * len(values)) == expected
 
 
 def test_one_metric_that_improves_is_enough_to_go_on(world: Ranks, tmp_path: Path) -> None:

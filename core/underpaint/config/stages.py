@@ -141,7 +141,7 @@ class DenoiserConfig:
 
 @attrs.frozen(kw_only=True)
 class StopConfig:
-    """When a stage ends before its last step: no metric got better for long enough.
+    """When a stage ends before its last step: no metric got better for long enough, and the probe stood still.
 
     Attributes:
         metrics: Measured on held-out images, on the weights that would be exported.
@@ -149,6 +149,9 @@ class StopConfig:
         patience: Steps without an improvement of any of them after which the stage ends.
         tolerance: Relative change that counts as an improvement.
         images: Held-out images of a measurement.
+        probe: Training images that a linear probe of the latents learns from. Its top-1 accuracy on the held-out images
+            is watched as well, and counts in both directions: an encoder that learns to reconstruct loses some of what
+            it knew, and the stage goes on until neither changes (aligntok.md §4.2). None for no probe.
     """
 
     metrics: tuple[ComponentConfig, ...] = attrs.field(validator=v.min_len(1))
@@ -156,6 +159,7 @@ class StopConfig:
     patience: int = attrs.field(default=5000, validator=positive)
     tolerance: float = attrs.field(default=0.01, validator=not_negative)
     images: int = attrs.field(default=500, validator=positive)
+    probe: int | None = attrs.field(default=None, validator=optional_positive)
 
 
 @attrs.frozen(kw_only=True)

@@ -2,11 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["linear_probe", "nearest_neighbours"]
+from underpaint.data.loader import Batch
+from underpaint.data.transforms import to_tensor
+from underpaint.models.tokenizer import Tokenizer
+
+__all__ = ["linear_probe", "nearest_neighbours", "pooled_latents"]
+
+
+@torch.no_grad()
+def pooled_latents(tokenizer: Tokenizer, images: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+    """Return what is probed of a tokenizer, on the CPU: the mean of each latent over its grid (aligntok.md §8).
+
+    Args:
+        tokenizer: On its device, in evaluation mode.
+        images: With labels.
+
+    Returns:
+        N×d features in fp32, and the N labels.
+    """
+    device = next(tokenizer.parameters()).device
+    features = [torch.zeros(0, tokenizer.latent_channels)]
+    labels = [torch.zeros(0, dtype=torch.int64)]
+    for batch in images:
+        assert batch.labels is not None
+        features.append(tokenizer.encode(to_tensor(batch.images.to(device))).float().mean((2, 3)).cpu())
+        labels.append(batch.labels)
+    return torch.cat(features), torch.cat(labels)
 
 
 @torch.inference_mode()

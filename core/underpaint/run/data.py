@@ -74,11 +74,18 @@ class RunData:
 
     def validation_pass(self, count: int, batch: int, ranks: Ranks) -> ImagePass:
         """Read this rank's share of the first `count` validation images."""
+        return self._pass(self.validation, self.validation_indices[:count], batch, ranks)
+
+    def train_pass(self, count: int, batch: int, ranks: Ranks) -> ImagePass:
+        """Read this rank's share of `count` training images, always the same ones, cut as the validation images are."""
+        return self._pass(self.train, _limited(self.train_indices, count), batch, ranks)
+
+    def _pass(self, dataset: Dataset, indices: NDArray[np.int64], batch: int, ranks: Ranks) -> ImagePass:
         return ImagePass(
-            self.validation,
+            dataset,
             transform=self.plain_crop(),
             batch=batch,
-            indices=self.validation_indices[:count],
+            indices=indices,
             rank=ranks.rank,
             world_size=ranks.world_size,
             workers=0,

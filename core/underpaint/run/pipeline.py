@@ -33,7 +33,7 @@ from underpaint.run.folder import RunFolder
 from underpaint.run.joint_stage import check_denoiser
 from underpaint.run.notes import write_notes
 from underpaint.run.session import Session
-from underpaint.run.tokenizer_stage import run_tokenizer_stage
+from underpaint.run.tokenizer_stage import check_probe, run_tokenizer_stage
 from underpaint.training.lock import RunLock
 from underpaint.training.ranks import Ranks
 
@@ -120,6 +120,7 @@ def _run(session: Session, until: str | None) -> None:
     tokenizer.grid(data.config.height, data.config.width)
     check_sizes(data, tokenizer.stride)
     for index, stage in enumerate(recipe.stages):
+        check_probe(stage, data)
         if stage.denoiser is not None:
             check_denoiser(recipe, index, tokenizer, data)
     if recipe.diffusion is not None:

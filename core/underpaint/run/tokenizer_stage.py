@@ -13,10 +13,12 @@ from underpaint.config.stages import StageConfig
 from underpaint.data.loader import Batch
 from underpaint.errors import ConfigError
 from underpaint.evaluation.measure import make_metrics, measure_reconstruction
+from underpaint.evaluation.probe import linear_probe, pooled_latents
 from underpaint.interfaces.encoder import Encoder
 from underpaint.models.build import load_tokenizer
 from underpaint.models.folders import copy_tokenizer, save_tokenizer
 from underpaint.models.tokenizer import Tokenizer
+from underpaint.run.data import RunData
 from underpaint.run.joint_stage import Partner
 from underpaint.run.session import Session
 from underpaint.run.training import StagePlan, train_stage
@@ -32,7 +34,7 @@ from underpaint.training.terms import WeightedLosses
 from underpaint.training.tokenizer_stage import TokenizerModule, check_teacher, tokenizer_losses, tokenizer_sizes
 from underpaint.weights import tensor_hash
 
-__all__ = ["run_tokenizer_stage"]
+__all__ = ["check_probe", "run_tokenizer_stage"]
 
 _PARTS = ("encoder.", "adapter.", "decoder.")
 _JOINT = "tokenizer."
@@ -186,6 +188,20 @@ def _origin(learner: TokenizerModule, teacher: Tokenizer | None) -> dict[str, st
     return found
 
 
+def check_probe(stage: StageConfig, data: RunData) -> None:
+    """Refuse a stop rule with a probe on images without labels.
+
+    Raises:
+        ConfigError: It has one, and they have none.
+    """
+    if stage.stop is not None and stage.stop.probe is not None and not (data.classes and data.validation.classes):
+        part = "validation" if data.classes else "train"
+        raise ConfigError(
+            f"stop.probe of stage '{stage.name}' tells classes apart, and data.{part} has none; set it to null "
+            f"(stages.{stage.name}.stop.probe=null), or give images with labels."
+        )
+
+
 def _stop_rule(session: Session, stage: StageConfig, module: TokenizerModule, engine: Engine) -> StopRule | None:
     config, ranks, data = stage.stop, session.ranks, session.data
     if config is None:
@@ -199,16 +215,25 @@ def _stop_rule(session: Session, stage: StageConfig, module: TokenizerModule, en
             )
     view = Tokenizer(module.encoder, module.adapter, module.decoder)
 
-    def measure() -> dict[str, tuple[float, bool]]:
-        values: dict[str, tuple[float, bool]] = {}
+    def measure() -> dict[str, tuple[float, bool | None]]:
+        values: dict[str, tuple[float, bool | None]] = {}
+        batch = session.recipe.evaluation.batch
+        probed: list[Tensor] = []
         module.eval()
         with engine.using("raw" if stage.ema is None else "ema"), engine.autocast():
             for metric in metrics:
                 metric.reset()
-                batches = data.validation_pass(config.images, session.recipe.evaluation.batch, ranks)
+                batches = data.validation_pass(config.images, batch, ranks)
                 numbers, _ = measure_reconstruction(view, batches, [metric], facts={}, show=1)
                 values |= {number.name: (number.value, bool(metric.higher_is_better)) for number in numbers}
+            if config.probe is not None:
+                passes = data.train_pass(config.probe, batch, ranks), data.validation_pass(config.images, batch, ranks)
+                probed = [tensor for images in passes for tensor in pooled_latents(view, images)]
         module.train()
+        if probed:
+            # Of all ranks; the probe itself is no part of what runs in low precision.
+            whole = [torch.cat(ranks.all_gather_object(tensor)).to(ranks.device) for tensor in probed]
+            values["probe"] = linear_probe(*whole), None
         return values
 
     return StopRule(config, session.folder.stage(stage.name) / "stopping.jsonl", measure, ranks)

@@ -15,14 +15,15 @@ __all__ = ["StopRule"]
 
 
 class StopRule:
-    """Watches held-out metrics, and says when none of them improved for long enough.
+    """Watches held-out metrics, and says when none of them got better, or moved, for long enough.
 
     What was measured is kept in a file of the stage, so a resumed stage decides as an uninterrupted one does.
 
     Args:
         config: Metrics, interval, patience.
         path: The file, one JSON line for each measurement.
-        measure: Measures now, on every rank: by name, the value and whether higher is better. That of rank 0 counts.
+        measure: Measures now, on every rank: by name, the value and whether higher is better, None where a change in
+            either direction counts. What rank 0 measured counts.
         ranks: The processes.
     """
 
@@ -30,7 +31,7 @@ class StopRule:
         self,
         config: StopConfig,
         path: Path,
-        measure: Callable[[], Mapping[str, tuple[float, bool]]],
+        measure: Callable[[], Mapping[str, tuple[float, bool | None]]],
         ranks: Ranks,
     ) -> None:
         self._config = config
@@ -38,7 +39,7 @@ class StopRule:
         self._measure = measure
         self._ranks = ranks
         text = path.read_text(encoding="utf-8") if ranks.is_main and path.exists() else ""
-        self._rows: list[tuple[int, dict[str, tuple[float, bool]]]] = ranks.broadcast_object(
+        self._rows: list[tuple[int, dict[str, tuple[float, bool | None]]]] = ranks.broadcast_object(
             [(row["step"], row["values"]) for row in map(json.loads, text.splitlines())]
         )
 
@@ -62,15 +63,16 @@ class StopRule:
         if not self._rows:
             return False
         latest = self._rows[-1][0]
-        return all(latest - self._last_improvement(name) >= self._config.patience for name in self._rows[-1][1])
+        return all(latest - self._last_change(name) >= self._config.patience for name in self._rows[-1][1])
 
-    def _last_improvement(self, name: str) -> int:
+    def _last_change(self, name: str) -> int:
         history = [(step, *values[name]) for step, values in self._rows]
-        signed = [(step, value if higher else -value) for step, value, higher in history]
-        when, best = signed[0]
-        for step, value in signed[1:]:
+        when, best, _ = history[0]
+        for step, value, higher in history[1:]:
+            change = value - best
+            gain = abs(change) if higher is None else change if higher else -change
             # Nothing is a share better than a number that is not finite; anything is better than none.
-            least = best + self._config.tolerance * abs(best) if math.isfinite(best) else best
-            if math.isnan(best) or value > least:
+            least = self._config.tolerance * abs(best) if math.isfinite(best) else 0.0
+            if math.isnan(best) or gain > least:
                 when, best = step, value
         return when
