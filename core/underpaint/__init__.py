@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from underpaint.api import create, load, plugins, registry
-    from underpaint.data.images import decode_image
+    from underpaint.data.images import decode_image, short_side
     from underpaint.diffusion.times import ddpm_fractions
     from underpaint.errors import (
         BrokenImageError,
@@ -90,6 +90,7 @@ _HOME = {
     "load_weights": "weights",
     "plugins": "api",
     "registry": "api",
+    "short_side": "data.images",
     "suggest": "errors",
     "tensor_hash": "weights",
 }
@@ -143,6 +144,7 @@ __all__ = [
     "load_weights",
     "plugins",
     "registry",
+    "short_side",
     "suggest",
     "tensor_hash",
 ]

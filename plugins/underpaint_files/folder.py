@@ -10,7 +10,7 @@ import numpy as np
 
 from underpaint import BrokenImageError, DataError, Dataset, Sample, decode_image
 from underpaint_files.config import FolderConfig
-from underpaint_files.storage import Names, check_index, fingerprint, open_path, read
+from underpaint_files.storage import Names, check_index, fingerprint, open_path, read, side
 
 __all__ = ["Folder"]
 
@@ -49,12 +49,21 @@ class Folder(Dataset):
     def __getitem__(self, index: int) -> Sample:
         check_index(index, len(self))
         key = self._names[index]
-        try:
-            data = read(self._fs, f"{self._root}/{key}")
-        except FileNotFoundError:
-            raise BrokenImageError(key, "the file is gone") from None
+        data = self._read(key)
         label = None if self._labels is None else int(self._labels[index])
         return Sample(image=decode_image(data, key), key=key, label=label)
+
+    def short_side(self, index: int) -> int:
+        """Read it from the beginning of the file."""
+        check_index(index, len(self))
+        key = self._names[index]
+        return side(lambda end: self._read(key, end), int(self._sizes[index]), key)
+
+    def _read(self, key: str, end: int | None = None) -> bytes:
+        try:
+            return read(self._fs, f"{self._root}/{key}", None if end is None else 0, end)
+        except FileNotFoundError:
+            raise BrokenImageError(key, "the file is gone") from None
 
     def fingerprint(self) -> str:
         """Hash the relative paths and sizes of the images."""

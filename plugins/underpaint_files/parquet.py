@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from underpaint import BrokenImageError, DataError, Dataset, Sample, decode_image
+from underpaint import BrokenImageError, DataError, Dataset, Sample, decode_image, short_side
 from underpaint_files.config import ParquetConfig
 from underpaint_files.storage import check_index, find_shards, fingerprint, read_classes
 
@@ -67,6 +67,25 @@ class Parquet(Dataset):
         return int(self._starts[-1])
 
     def __getitem__(self, index: int) -> Sample:
+        image, key, table, row = self._image(index)
+        columns = self._columns
+        label = None if columns.label is None else table.column(columns.label)[row].as_py()
+        if label is not None and label >= len(self.classes):
+            raise DataError(f"'{key}' has label {label}, and there are names for {len(self.classes)} classes only.")
+        return Sample(
+            image=decode_image(image, key),
+            key=key,
+            label=None if label is None or label < 0 else int(label),  # −1 marks unlabelled test splits
+            text=None if columns.text is None else table.column(columns.text)[row].as_py(),
+        )
+
+    def short_side(self, index: int) -> int:
+        """Read it from the header of the image; the row group is read whole."""
+        image, key, _, _ = self._image(index)
+        return short_side(image, key)
+
+    def _image(self, index: int) -> tuple[bytes, str, pa.Table, int]:
+        """Return an image file and its key, and the table and the row that it is in."""
         check_index(index, len(self))
         group = int(np.searchsorted(self._starts, index, side="right")) - 1
         number, inside = (int(value) for value in self._groups[group])
@@ -74,21 +93,12 @@ class Parquet(Dataset):
         first = group - inside  # of this file
         key = f"{posixpath.basename(self._files[number])}:{index - int(self._starts[first])}"
         table = self._table(group)
-        columns = self._columns
-        data = table.column(columns.image)[row]
-        if columns.nested and data.is_valid:
+        data = table.column(self._columns.image)[row]
+        if self._columns.nested and data.is_valid:
             data = data["bytes"]
         if not data.is_valid:
             raise BrokenImageError(key, "the row has no image bytes")
-        label = None if columns.label is None else table.column(columns.label)[row].as_py()
-        if label is not None and label >= len(self.classes):
-            raise DataError(f"'{key}' has label {label}, and there are names for {len(self.classes)} classes only.")
-        return Sample(
-            image=decode_image(data.as_py(), key),
-            key=key,
-            label=None if label is None or label < 0 else int(label),  # −1 marks unlabelled test splits
-            text=None if columns.text is None else table.column(columns.text)[row].as_py(),
-        )
+        return data.as_py(), key, table, row
 
     def fingerprint(self) -> str:
         """Hash the files' names and sizes and the columns that are read."""

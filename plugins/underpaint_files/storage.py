@@ -8,17 +8,19 @@ import posixpath
 import random
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import fsspec
 import numpy as np
 
-from underpaint import DataError
+from underpaint import BrokenImageError, DataError, short_side
 
-__all__ = ["Names", "check_index", "find_shards", "fingerprint", "open_path", "read", "read_classes"]
+__all__ = ["Names", "check_index", "find_shards", "fingerprint", "open_path", "read", "read_classes", "side"]
 
 ATTEMPTS = 4
+_HEAD = 65_536
+"""Bytes that nearly all headers are within; profiles and previews may come before the size."""
 _SPLIT = re.compile(r"(?:^|[-_.])(train|validation|valid|val|test)(?=[-_.]|$)")
 
 
@@ -134,6 +136,23 @@ def read(fs: Any, path: str, start: int | None = None, end: int | None = None) -
 
 def _protocols(fs: Any) -> tuple[str, ...]:
     return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+
+
+def side(read_to: Callable[[int], bytes], size: int, key: str) -> int:
+    """Return the short side of a stored image, from as few bytes as it takes.
+
+    Args:
+        read_to: Reads so many bytes from the image's beginning.
+        size: How many it has.
+        key: Name of the sample, for the error.
+
+    Raises:
+        BrokenImageError: It has no header of a known format.
+    """
+    try:
+        return short_side(read_to(min(size, _HEAD)), key)
+    except BrokenImageError:
+        return short_side(read_to(size), key)
 
 
 def read_classes(path: str) -> tuple[str, ...]:

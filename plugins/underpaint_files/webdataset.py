@@ -12,7 +12,7 @@ import numpy as np
 
 from underpaint import DataError, Dataset, Sample, decode_image
 from underpaint_files.config import WebDatasetConfig
-from underpaint_files.storage import Names, check_index, find_shards, fingerprint, read, read_classes
+from underpaint_files.storage import Names, check_index, find_shards, fingerprint, read, read_classes, side
 from underpaint_files.tar import TruncatedTarError, members
 
 __all__ = ["WebDataset"]
@@ -81,6 +81,12 @@ class WebDataset(Dataset):
             label=int(self._label[index]) if self._labels else None,
             text=self._caption_of(index, self._text_kind) if self.has_text else None,
         )
+
+    def short_side(self, index: int) -> int:
+        """Read it from the beginning of the member."""
+        check_index(index, len(self))
+        number, start, size = (int(value) for value in self._places[index])
+        return side(lambda end: self._part(number, start, end), size, self._keys[index])
 
     def fingerprint(self) -> str:
         """Hash the files' names and sizes."""

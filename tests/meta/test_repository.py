@@ -67,6 +67,7 @@ PUBLIC = [
     "load_weights",
     "plugins",
     "registry",
+    "short_side",
     "suggest",
     "tensor_hash",
 ]

@@ -28,6 +28,17 @@ class Textless(Gradients):
     has_text = True
 
 
+class Transposed(Gradients):
+    """Takes the long side for the short one."""
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        return attrs.evolve(sample, image=np.repeat(sample.image, 2, axis=0))
+
+    def short_side(self, index):
+        return self[index].image.shape[0]
+
+
 class SameKey(Gradients):
     """Calls all samples the same."""
 

@@ -101,6 +101,7 @@ MUTANTS = {
         "Floats": {"samples_as_declared"},
         "LabelOutOfRange": {"samples_as_declared"},
         "Textless": {"samples_as_declared"},
+        "Transposed": {"sides_are_those_of_the_images"},
         "SameKey": {"keys_are_unique"},
         "Endless": {"ends_with_index_error"},
         "Random": {"reads_repeat", "reads_elsewhere"},

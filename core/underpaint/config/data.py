@@ -29,6 +29,8 @@ class DataConfig:
             None takes the smallest image that covers the crop, as measuring and encoding always do.
         zoom: Range of the sides of a random crop, as a share of the largest that the image has room for, drawn evenly;
             the crop is then resized to `size`. None takes crops of the resized image as they are.
+        min_side: Leave out training images whose short side is smaller, in pixels; those that are measured on stay.
+            None leaves out none.
         enlarge: Train although most images are smaller than the crop. A few of them are always enlarged to cover it.
         flip: Flip half of the training images horizontally.
         workers: Loader processes per rank; 0 reads in the training process.
@@ -45,6 +47,7 @@ class DataConfig:
     crop: Literal["center", "random"] = "center"
     resize: int | None = None
     zoom: tuple[float, float] | None = None
+    min_side: int | None = attrs.field(default=None, validator=optional_positive)
     enlarge: bool = False
     flip: bool = False
     workers: int = attrs.field(default=2, validator=not_negative)

@@ -11,7 +11,7 @@ from PIL import Image, UnidentifiedImageError
 
 from underpaint.errors import BrokenImageError
 
-__all__ = ["MAX_PIXELS", "decode_image"]
+__all__ = ["MAX_PIXELS", "decode_image", "short_side"]
 
 MAX_PIXELS = 178_956_970
 """Largest image that is decoded, in pixels; it needs half a gigabyte. Larger ones are refused by their header."""
@@ -66,6 +66,25 @@ def decode_image(data: bytes, key: str) -> NDArray[np.uint8]:
         raise BrokenImageError(key, "it is not an image of a known format") from error
     except Exception as error:  # on damaged input decoders raise anything, from SyntaxError to struct.error
         raise BrokenImageError(key, f"it cannot be decoded ({type(error).__name__}: {error})") from error
+
+
+def short_side(data: bytes, key: str) -> int:
+    """Return the short side of an image in pixels, from its header.
+
+    Args:
+        data: The file, or so much of its beginning that the header is in it.
+        key: Name of the sample, for the error.
+
+    Raises:
+        BrokenImageError: There is no header of a known format.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+                return min(image.size)
+    except Exception as error:  # as for `decode_image`
+        raise BrokenImageError(key, f"its header cannot be read ({type(error).__name__}: {error})") from error
 
 
 def _too_large(what: str) -> str:

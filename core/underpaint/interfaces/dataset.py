@@ -55,6 +55,14 @@ class Dataset(Component, ABC):
             BrokenImageError: The sample cannot be decoded.
         """
 
+    def short_side(self, index: int) -> int:
+        """Return the short side of an image in pixels; this reads the whole image, for want of anything faster.
+
+        Raises:
+            BrokenImageError: It cannot be told.
+        """
+        return int(min(self[index].image.shape[:2]))
+
     @abstractmethod
     def fingerprint(self) -> str:
         """Return a hash of what the data set consists of, cheap to compute, stable between runs."""

@@ -44,6 +44,7 @@ class RunData:
         train_indices: Its samples that are trained on.
         validation: Data set to measure on; may be the same.
         validation_indices: Its samples that are measured on.
+        left_out: How many samples are not trained on because they are smaller than ``data.min_side``.
     """
 
     config: DataConfig
@@ -51,6 +52,7 @@ class RunData:
     train_indices: NDArray[np.int64]
     validation: Dataset
     validation_indices: NDArray[np.int64]
+    left_out: int = 0
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -134,8 +136,14 @@ class RunData:
 
     def facts(self) -> dict[str, object]:
         """Return what the provenance says of the data."""
+        small = {} if self.config.min_side is None else {"smaller_left_out": self.left_out}
         return {
-            "train": {"name": self.train.spec.name, "samples": len(self.train_indices), "hash": self.fingerprint()},
+            "train": {
+                "name": self.train.spec.name,
+                "samples": len(self.train_indices),
+                **small,
+                "hash": self.fingerprint(),
+            },
             "validation": {
                 "name": self.validation.spec.name,
                 "samples": len(self.validation_indices),

@@ -34,6 +34,11 @@ class RunFolder:
         return self.root / "provenance.json"
 
     @property
+    def small_images(self) -> Path:
+        """Which training images are smaller than ``data.min_side``."""
+        return self.root / "small_images.json"
+
+    @property
     def tokenizer(self) -> Path:
         """The finished tokenizer."""
         return self.root / "tokenizer"

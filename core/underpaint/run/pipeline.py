@@ -33,6 +33,7 @@ from underpaint.run.folder import RunFolder
 from underpaint.run.joint_stage import check_denoiser
 from underpaint.run.notes import write_notes
 from underpaint.run.session import Session
+from underpaint.run.small_images import leave_out_small
 from underpaint.run.tokenizer_stage import check_probe, run_tokenizer_stage
 from underpaint.training.lock import RunLock
 from underpaint.training.ranks import Ranks
@@ -84,7 +85,7 @@ def run_recipe(recipe: Recipe, out: Path, *, until: str | None = None) -> None:
             torch.backends.cudnn.allow_tf32 = True
             _on_main(ranks, lambda: folder.claim(recipe))
             manager().call("on_train_start", folder=out, config=plain_recipe(recipe))
-            data = open_run_data(recipe.data)
+            data = leave_out_small(open_run_data(recipe.data), folder.small_images, ranks)
             session = Session(
                 recipe=recipe,
                 folder=folder,
@@ -113,6 +114,13 @@ def _run(session: Session, until: str | None) -> None:
             device=str(ranks.device),
         )
         write_notes(folder, recipe, data)
+    if data.left_out:
+        total = data.left_out + len(data.train_indices)
+        _say(
+            ranks,
+            f"data: {data.left_out} of {total} training images have a short side below {recipe.data.min_side} px and "
+            "are left out",
+        )
     numbers: list[Number] = []
     pictures: dict[str, Any] = {}
     timings: dict[str, float] = {}

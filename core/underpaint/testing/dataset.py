@@ -54,6 +54,19 @@ def samples_as_declared(subject: Subject) -> None:
 
 
 @check("dataset")
+def sides_are_those_of_the_images(subject: Subject) -> None:
+    """`short_side` of a position is that of the image there."""
+    data = subject.make()
+    for index in range(min(_FIRST, len(data))):
+        try:
+            image = data[index].image
+        except BrokenImageError:
+            continue
+        side = data.short_side(index)
+        expect(side == min(image.shape[:2]), f"short_side({index}) is {side!r}, and the image there {image.shape[:2]}")
+
+
+@check("dataset")
 def keys_are_unique(subject: Subject) -> None:
     """The keys of samples differ and are not empty."""
     keys = [sample.key for sample in _first(subject.make())]
