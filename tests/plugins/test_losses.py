@@ -12,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributions import Normal, kl_divergence
+from torch.func import functional_call
 from torchmetrics.functional.image import lpips as torchmetrics_lpips
 
 import underpaint
@@ -278,6 +280,37 @@ def test_lpips_agrees_with_torchmetrics_and_its_published_heads(tmp_path: Path) 
     loss = make("lpips", weights=f"file:{tmp_path / 'vgg.safetensors'}", heads=str(heads))
     wanted = peer(images, decoded).mean()
     assert float(loss(image_step(images, decoded))["lpips"]) == pytest.approx(float(wanted), rel=1e-4)
+
+
+def test_lpips_on_a_gpu_hands_channels_last_on_through_all_layers() -> None:
+    """A GPU's strides without a GPU: fake tensors know shapes and layouts, and no values."""
+    loss = make("lpips", weights="random")
+    seen: list[bool] = []
+    for module in loss.trunk:
+        module.register_forward_hook(
+            lambda module, given, found: seen.append(found.is_contiguous(memory_format=torch.channels_last))
+        )
+    with FakeTensorMode() as fake:
+        state = {**dict(loss.named_parameters()), **dict(loss.named_buffers())}
+        moved = {name: fake.from_tensor(tensor).to("cuda") for name, tensor in state.items()}
+        images = torch.empty(2, 3, 64, 64, device="cuda")
+        functional_call(loss, moved, (image_step(images, images.clone()),))
+    assert seen == [True] * (2 * len(loss.trunk))
+
+
+def test_the_layout_of_lpips_changes_no_number() -> None:
+    images, decoded = pictures(32)
+    loss = make("lpips", weights="random")
+    values, gradients = [], []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        shown = decoded.clone(memory_format=layout).requires_grad_()
+        value = loss(image_step(images.contiguous(memory_format=layout), shown))["lpips"]
+        value.backward()
+        values.append(float(value.detach()))
+        gradients.append(shown.grad)
+    assert values[1] == pytest.approx(values[0], rel=1e-5)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5 * float(gradients[0].abs().max()))
+    assert all(tensor.is_contiguous() for tensor in loss.state_dict().values())
 
 
 def test_lpips_of_equal_images_is_zero_and_its_parts_stay_frozen() -> None:
