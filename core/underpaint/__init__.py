@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         suggest,
     )
     from underpaint.hookspecs import API_VERSION, hookimpl
+    from underpaint.hub import hub_file
     from underpaint.interfaces.adapter import Adapter, Posterior
     from underpaint.interfaces.backbone import Backbone, Prediction
     from underpaint.interfaces.component import Component, ComponentSpec
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from underpaint.models.denoiser import Denoiser
     from underpaint.models.tokenizer import LatentStatistics, Tokenizer
     from underpaint.registration.registrar import RecipeRegistrar, Registrar
-    from underpaint.weights import is_location, load_weights, tensor_hash
+    from underpaint.weights import check_fit, is_location, load_weights, tensor_hash
 
 _HOME = {
     "API_VERSION": "hookspecs",
@@ -81,10 +82,12 @@ _HOME = {
     "UnreachableError": "errors",
     "VarianceField": "interfaces.sampler",
     "VelocityField": "interfaces.sampler",
+    "check_fit": "weights",
     "create": "api",
     "ddpm_fractions": "diffusion.times",
     "decode_image": "data.images",
     "hookimpl": "hookspecs",
+    "hub_file": "hub",
     "is_location": "weights",
     "load": "api",
     "load_weights": "weights",
@@ -135,10 +138,12 @@ __all__ = [
     "UnreachableError",
     "VarianceField",
     "VelocityField",
+    "check_fit",
     "create",
     "ddpm_fractions",
     "decode_image",
     "hookimpl",
+    "hub_file",
     "is_location",
     "load",
     "load_weights",

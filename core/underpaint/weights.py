@@ -21,7 +21,7 @@ from torch import Tensor
 
 from underpaint.errors import DataError
 
-__all__ = ["is_location", "load_weights", "save_tensors", "tensor_hash"]
+__all__ = ["check_fit", "is_location", "load_weights", "save_tensors", "tensor_hash"]
 
 
 def is_location(weights: str) -> bool:
@@ -74,6 +74,34 @@ def load_weights(location: str, *, nested: Sequence[str] = ("state_dict",)) -> d
             f"The weights file '{path}' holds something else than named tensors; convert it to safetensors."
         )
     return dict(state)
+
+
+def check_fit(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], *, what: str, location: str) -> None:
+    """Refuse weights whose names or shapes are not those of a module.
+
+    Args:
+        wanted: The module's state dict.
+        given: The weights.
+        what: Whose they should be, such as ``timm's 'vit_base_patch16_224'``, for the error.
+        location: Where they come from, for the error.
+
+    Raises:
+        DataError: The message counts and names what is missing, unexpected and mis-shaped.
+    """
+    missing = [key for key in wanted if key not in given]
+    unknown = [key for key in given if key not in wanted]
+    shaped = [
+        f"{key} {tuple(given[key].shape)} for {tuple(wanted[key].shape)}"
+        for key in wanted
+        if key in given and given[key].shape != wanted[key].shape
+    ]
+    found = [("missing", missing), ("unexpected", unknown), ("mis-shaped", shaped)]
+    problems = [f"{len(keys)} {kind} ({', '.join(keys[:3])}{', …' * (len(keys) > 3)})" for kind, keys in found if keys]
+    if problems:
+        raise DataError(
+            f"The file '{location}' does not fit {what}: {'; '.join(problems)} of {len(wanted)} tensors; check that "
+            "file and model belong together."
+        )
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

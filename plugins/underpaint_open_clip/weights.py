@@ -5,19 +5,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import huggingface_hub
 import open_clip
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
-from underpaint import DataError, UnreachableError, load_weights
+from underpaint import check_fit, hub_file, load_weights
 from underpaint_open_clip.models import Weights
 from underpaint_open_clip.towers import Tower, TrunkTower
 
 __all__ = ["load_tower"]
-
-_SECONDS = 5.0
-"""Patience with a hub that does not answer."""
 
 
 def load_tower(tower: Tower, model: str, weights: Weights) -> None:
@@ -31,7 +27,7 @@ def load_tower(tower: Tower, model: str, weights: Weights) -> None:
     location = weights.location if weights.kind == "file" else f"file:{_download(model, str(weights.tag))}"
     state = _visual(load_weights(location))
     _resample(tower, state)
-    _check(tower.visual.state_dict(), state, model, location)
+    check_fit(tower.visual.state_dict(), state, what=f"the image tower of open_clip's '{model}'", location=location)
     tower.visual.load_state_dict(state)
 
 
@@ -63,61 +59,21 @@ def _resample(tower: Tower, state: dict[str, Tensor]) -> None:
         state[key] = moved.reshape(*given.shape[:-2], *moved.shape[-2:])
 
 
-def _check(wanted: dict[str, Tensor], given: dict[str, Tensor], model: str, location: str) -> None:
-    missing = [key for key in wanted if key not in given]
-    unknown = [key for key in given if key not in wanted]
-    shaped = [
-        f"{key} {tuple(given[key].shape)} for {tuple(wanted[key].shape)}"
-        for key in wanted
-        if key in given and given[key].shape != wanted[key].shape
-    ]
-    found = [("missing", missing), ("unexpected", unknown), ("mis-shaped", shaped)]
-    problems = [f"{len(keys)} {what} ({', '.join(keys[:3])}{', …' * (len(keys) > 3)})" for what, keys in found if keys]
-    if problems:
-        raise DataError(
-            f"The file '{location}' does not fit the image tower of open_clip's '{model}': {'; '.join(problems)} of "
-            f"{len(wanted)} tensors; check that file and model belong together."
-        )
-
-
 # ------------------------------------------------------------------------------ the hub
 
 
 def _download(model: str, tag: str) -> str:
     """Return the path of the weights in the local cache, fetched when they are not there."""
     repository, name = os.path.split(open_clip.get_pretrained_cfg(model, tag)["hf_hub"])
-    files = _file_names(name)
-    for file in files:
-        cached = huggingface_hub.try_to_load_from_cache(repository, file)
-        if isinstance(cached, str):
-            return cached
-    try:
-        # The hub's client retries for a minute when there is no network; this asks once.
-        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=_SECONDS)
-        for file in files[:-1]:
-            try:
-                return str(huggingface_hub.hf_hub_download(repository, file))
-            except huggingface_hub.errors.RemoteEntryNotFoundError:
-                continue
-        return str(huggingface_hub.hf_hub_download(repository, files[-1]))
-    except Exception as error:
-        if not _is_download_failure(error):
-            raise
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise UnreachableError(
-            f"The weights '{tag}' of open_clip's '{model}' are not on this machine and the hub could not be reached "
-            f"or refused ({reason}); try again, or write 'open_clip/{model}@file:PATH' with a downloaded file, or "
-            f"'open_clip/{model}@random'."
-        ) from error
+    return hub_file(
+        repository,
+        _file_names(name),
+        what=f"The weights '{tag}' of open_clip's '{model}'",
+        instead=f"write 'open_clip/{model}@file:PATH' with a downloaded file, or 'open_clip/{model}@random'",
+    )
 
 
 def _file_names(given: str) -> list[str]:
     name = given or "open_clip_pytorch_model.bin"
     safe = str(Path(given).with_suffix(".safetensors")) if given else "open_clip_model.safetensors"
     return list(dict.fromkeys([safe, name]))
-
-
-def _is_download_failure(error: Exception) -> bool:
-    # By package name: which HTTP library lies below the hub's client changes with its version.
-    packages = {cls.__module__.partition(".")[0] for cls in type(error).__mro__}
-    return isinstance(error, OSError) or bool(packages & {"huggingface_hub", "httpx", "httpx2", "httpcore", "requests"})

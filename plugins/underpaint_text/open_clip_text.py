@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import open_clip
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,8 @@ from underpaint import (
     ConfigError,
     DataError,
     NotFoundError,
-    UnreachableError,
+    check_fit,
+    hub_file,
     is_location,
     load_weights,
     suggest,
@@ -25,9 +25,6 @@ from underpaint_text.config import OpenClipTextConfig
 from underpaint_text.frozen import Encode, FrozenText
 
 __all__ = ["OpenClipText"]
-
-_SECONDS = 5.0
-"""Patience with a hub that does not answer."""
 
 
 class OpenClipText(FrozenText):
@@ -116,15 +113,10 @@ def _fill(tower: nn.Module, state: dict[str, Tensor], model: str, location: str)
         key: tensor for key, tensor in state.items() if not key.startswith(("visual.", "logit_", "input_resolution"))
     }
     wanted = tower.state_dict()
-    wrong = [key for key in wanted if key not in found or found[key].shape != wanted[key].shape]
-    unknown = [key for key in found if key not in wanted and key not in ("context_length", "vocab_size", "attn_mask")]
-    if wrong or unknown:
-        raise DataError(
-            f"The file '{location}' does not fit the text tower of open_clip's '{model}': {len(wrong)} tensors are "
-            f"missing or mis-shaped ({', '.join(wrong[:3]) or 'none'}) and {len(unknown)} unknown "
-            f"({', '.join(unknown[:3]) or 'none'}); check that file and model belong together."
-        )
-    tower.load_state_dict({key: found[key] for key in wanted})
+    for key in {"context_length", "vocab_size", "attn_mask"} - wanted.keys():
+        found.pop(key, None)
+    check_fit(wanted, found, what=f"the text tower of open_clip's '{model}'", location=location)
+    tower.load_state_dict(found)
 
 
 def _download(model: str, tag: str) -> str:
@@ -133,16 +125,9 @@ def _download(model: str, tag: str) -> str:
     if not repository:
         raise DataError(f"The weights '{tag}' of open_clip's '{model}' are not on the hub; give 'file:PATH'.")
     name = str(Path(name).with_suffix(".safetensors")) if name else "open_clip_model.safetensors"
-    cached = huggingface_hub.try_to_load_from_cache(repository, name)
-    if isinstance(cached, str):
-        return cached
-    try:
-        # The hub's client retries for a minute when there is no network; this asks once.
-        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=_SECONDS)
-        return str(huggingface_hub.hf_hub_download(repository, name))
-    except Exception as error:
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise UnreachableError(
-            f"The weights '{tag}' of open_clip's '{model}' are not on this machine and the hub could not be reached "
-            f"or refused ({reason}); try again, or set the conditioner's weights to 'file:PATH' or 'random'."
-        ) from error
+    return hub_file(
+        repository,
+        [name],
+        what=f"The weights '{tag}' of open_clip's '{model}'",
+        instead="set the conditioner's weights to 'file:PATH' or 'random'",
+    )

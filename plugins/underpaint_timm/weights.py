@@ -5,18 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import timm
 from timm.models import eva, vision_transformer
 from torch import Tensor, nn
 
-from underpaint import DataError, UnreachableError, load_weights
+from underpaint import DataError, check_fit, hub_file, load_weights
 from underpaint_timm.models import Weights
 
 __all__ = ["build"]
-
-_SECONDS = 5.0
-"""Patience with a hub that does not answer."""
 
 
 def build(model: str, weights: Weights, load: bool = True) -> Any:
@@ -50,35 +46,12 @@ def build(model: str, weights: Weights, load: bool = True) -> Any:
 def _download(model: str, tag: str | None) -> str:
     """Return the path of timm's weights file in the local cache, fetched when it is not there."""
     cfg = timm.get_pretrained_cfg(f"{model}.{tag}")
-    files = _file_names(cfg.hf_hub_filename)
-    for file in files:
-        cached = huggingface_hub.try_to_load_from_cache(cfg.hf_hub_id, file)
-        if isinstance(cached, str):
-            return cached
-    try:
-        # The hub's client retries for a minute when there is no network; this asks once.
-        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=_SECONDS)
-        for file in files[:-1]:
-            try:
-                return str(huggingface_hub.hf_hub_download(cfg.hf_hub_id, file))
-            except huggingface_hub.errors.RemoteEntryNotFoundError:
-                continue
-        return str(huggingface_hub.hf_hub_download(cfg.hf_hub_id, files[-1]))
-    except Exception as error:
-        if not _is_download_failure(error):
-            raise
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise UnreachableError(
-            f"The weights '{tag}' of timm's '{model}' are not on this machine and the hub could not be reached or "
-            f"refused ({reason}); try again, or write 'timm/{model}@file:PATH' with a downloaded file, or "
-            f"'timm/{model}@random'."
-        ) from error
-
-
-def _is_download_failure(error: Exception) -> bool:
-    # By package name: which HTTP library lies below the hub's client changes with its version.
-    packages = {cls.__module__.partition(".")[0] for cls in type(error).__mro__}
-    return isinstance(error, OSError) or bool(packages & {"huggingface_hub", "httpx", "httpx2", "httpcore", "requests"})
+    return hub_file(
+        cfg.hf_hub_id,
+        _file_names(cfg.hf_hub_filename),
+        what=f"The weights '{tag}' of timm's '{model}'",
+        instead=f"write 'timm/{model}@file:PATH' with a downloaded file, or 'timm/{model}@random'",
+    )
 
 
 def _file_names(given: str | None) -> list[str]:
@@ -104,7 +77,7 @@ def _load_file(trunk: nn.Module, model: str, location: str) -> None:
     # Heads belong to the files, but not to an encoder that was built without them.
     dropped = tuple(f"{head}." for head in ("head", "head_dist", "fc_norm", "attn_pool") if not _has(trunk, head))
     state = {key: tensor for key, tensor in state.items() if not key.startswith(dropped)}
-    _check(trunk.state_dict(), state, model, location)
+    check_fit(trunk.state_dict(), state, what=f"timm's '{model}'", location=location)
     trunk.load_state_dict(state)
 
 
@@ -120,20 +93,3 @@ def _convert(trunk: nn.Module, model: str, state: dict[str, Tensor]) -> dict[str
 def _has(trunk: nn.Module, name: str) -> bool:
     part = getattr(trunk, name, None)
     return isinstance(part, nn.Module) and next(part.parameters(), None) is not None
-
-
-def _check(wanted: dict[str, Tensor], given: dict[str, Tensor], model: str, location: str) -> None:
-    missing = [key for key in wanted if key not in given]
-    unknown = [key for key in given if key not in wanted]
-    shaped = [
-        f"{key} {tuple(given[key].shape)} for {tuple(wanted[key].shape)}"
-        for key in wanted
-        if key in given and given[key].shape != wanted[key].shape
-    ]
-    found = [("missing", missing), ("unexpected", unknown), ("mis-shaped", shaped)]
-    problems = [f"{len(keys)} {what} ({', '.join(keys[:3])}{', …' * (len(keys) > 3)})" for what, keys in found if keys]
-    if problems:
-        raise DataError(
-            f"The file '{location}' does not fit timm's '{model}': {'; '.join(problems)} of {len(wanted)} tensors; "
-            "check that file and model belong together."
-        )
