@@ -190,3 +190,15 @@ def test_what_is_said_to_be_saved_is(alone: Ranks, tmp_path: Path) -> None:
         run(alone, tmp_path, step_fn=step_fn, save=save, checkpoint_every=2)
     assert (caught.value.signal, caught.value.step) == ("SIGUSR1", 4)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-0000002", "step-0000004"]
+
+
+def test_a_signal_in_the_last_step_ends_the_run(alone: Ranks, tmp_path: Path) -> None:
+    def step_fn(batch: Any, step: int, micro: int) -> tuple[dict[str, Tensor], StepResult]:
+        if step == 5:
+            signal.raise_signal(signal.SIGTERM)
+        return {"loss": torch.tensor(1.0)}, StepResult(1.0, {"a": 0.1}, False, True)
+
+    with pytest.raises(Stopped) as caught:
+        run(alone, tmp_path, step_fn=step_fn)
+    assert (caught.value.signal, caught.value.step) == ("SIGTERM", 6)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-0000006"]

@@ -172,7 +172,7 @@ def train_loop(
             sums, waited, last, logged_step = {}, 0.0, now, done
         signal = stop.requested
         if ranks.world_size > 1:
-            signals = ranks.all_gather_object(signal) if _due(done, config) else [None]
+            signals = ranks.all_gather_object(signal) if finished or _due(done, config) else [None]
             signal = next((s for s in signals if s), None)
         if signal or done % config.checkpoint_every == 0 or finished:
             watchdog.at(step + 1, "saves")
@@ -182,10 +182,11 @@ def train_loop(
                 call("on_checkpoint_saved", stage=name, step=done, checkpoint=checkpoint.folder)
             if done == logged_step:
                 last = time.perf_counter()
-        if finished:
-            break
+        # First, or a signal in the last step would be lost, and the next stage begin.
         if signal:
             raise Stopped(signal, saved)
+        if finished:
+            break
     return LoopResult(steps=done, skipped=skipped, seconds=time.perf_counter() - begin)
 
 
