@@ -75,7 +75,8 @@ def _structure(value: Any, target: Any, path: str) -> Any:
         }
     if attrs.has(target):
         return _attrs(value, target, path)
-    if target is Path and isinstance(value, (str, Path)):
+    # Of an empty text, Path makes the current folder.
+    if target is Path and isinstance(value, (str, Path)) and value != "":
         return Path(value)
     if target is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return _float(value, path)
