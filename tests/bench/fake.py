@@ -45,8 +45,11 @@ def train(folder: Path, name: str, config: dict, does: str) -> None:
     stage.mkdir(parents=True, exist_ok=True)
     row = {"loss": 0.5, "images_per_second": 10.0, "memory_gib": 2.0, "seconds": 4.0}
     (stage / "metrics.jsonl").write_text("".join(json.dumps({"step": i, **row}) + "\n" for i in (1, 2)))
-    machine = {"versions": {"torch": "2.x", "underpaint": "0"}, "machine": {"cpu_cores": 2}}
-    (folder / "provenance.json").write_text(json.dumps({**machine, "sessions": [{"ranks": 1, "device": "cpu"}]}))
+    provenance: dict = {"versions": {"torch": "2.x", "underpaint": "0"}, "machine": {"cpu_cores": 2}}
+    provenance["sessions"] = [{"ranks": 1, "device": "cpu"}]
+    counts = {"train": 1900, "validation": 100}
+    provenance["data"] = {part: {"name": "scenes", "samples": count} for part, count in counts.items()}
+    (folder / "provenance.json").write_text(json.dumps(provenance))
 
 
 def measure(folder: Path, does: str) -> None:

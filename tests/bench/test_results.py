@@ -78,11 +78,22 @@ def test_the_last_stage_is_the_result_and_the_others_are_kept(bench: Bench) -> N
 
 def test_the_page_shows_every_cell_and_needs_no_other_file(bench: Bench) -> None:
     shown = page(results(bench, second="exit"))
-    for text in ("one", "the-third", "second", "failed: a library said something (exit code 7)", "100.0 ± 1.000"):
+    for text in ("one", "the-third", "second", "failed: a library said something (exit code 7)", "100.0 ± 1.0"):
         assert text in shown.text, text
     assert "Some <cells> & more" in shown.text
     assert "2 finished, 1 failed" in shown.text
     assert all(link.startswith(("data:image/", "#", "cells/")) for link in shown.links), shown.links
+
+
+def test_the_page_says_which_images_every_cell_saw(bench: Bench) -> None:
+    one = "Images of 32×32 pixels: 1,900 of scenes to train on, 100 of scenes held out"
+    assert f"{one}." in page(results(bench)).text
+    cells = [CELLS[0], {**CELLS[1], "overrides": ["data.size=[16, 32]"]}]
+    path = write_matrix(bench.folder, cells)
+    bench.run(path)
+    text = page(read_results(*resolved(path), bench.out)).text
+    assert f"{one}: one." in text
+    assert "Images of 16×32 pixels: 1,900 of scenes to train on, 100 of scenes held out: second." in text
 
 
 def test_values_of_failed_cells_are_nowhere(bench: Bench) -> None:

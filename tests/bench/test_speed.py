@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.run.conftest import TINY
+from tests.run.conftest import TINY, tiny_recipe
 from underpaint.bench import speed
 from underpaint.bench.measure import measure_models
 from underpaint.bench.speed import images_per_second, tokenizer_speed
 from underpaint.config.recipe import dump_recipe, recipe_from_plain
 from underpaint.models.build import build_tokenizer
 from underpaint.models.folders import save_tokenizer
+from underpaint.run.pipeline import run_recipe
 
 
 def test_the_rate_is_the_median_of_calls_after_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,3 +65,18 @@ def test_parameters_are_counted_and_speed_says_how_it_was_measured(tmp_path: Pat
     assert again["encode img/s"].value > 0
     larger = {n.name: n for n in tokenizer_speed(tokenizer, 32, 64, batch=2)}
     assert larger["encode img/s"].id != encode.id
+
+
+def test_a_loaded_tokenizer_is_timed_where_it_was_trained_or_stands_alone(tmp_path: Path) -> None:
+    tokenizer = ["encoder, M parameters", "adapter, M parameters", "decoder, M parameters"]
+    speed = ["encode img/s", "decode img/s"]
+    generator = ["backbone, M parameters", "conditioner, M parameters"]
+    folder = tmp_path / "run"
+    run_recipe(tiny_recipe(), folder)
+    assert [number.name for number in measure_models(folder)] == [*tokenizer, *generator, *speed]
+    loads = {**TINY, "tokenizer": {"load": str(folder / "tokenizer")}, "stages": []}
+    (folder / "config.yaml").write_text(dump_recipe(recipe_from_plain(loads)))
+    assert [number.name for number in measure_models(folder)] == generator
+    shutil.rmtree(folder / "generator")
+    (folder / "config.yaml").write_text(dump_recipe(recipe_from_plain({**loads, "diffusion": None})))
+    assert [number.name for number in measure_models(folder)] == [*tokenizer, *speed]

@@ -58,6 +58,24 @@ def test_every_small_tokenizer_is_compared_and_no_diffusion_trained() -> None:
     assert all(cell.recipe.diffusion is None for cell in found)
 
 
+def test_the_tokenizers_at_256_px_are_the_small_ones_with_their_weights_converted() -> None:
+    small, large = ({c.name: c for c in cells(f"tokenizers-{size}")} for size in ("small", "256"))
+    assert {name: cell.source for name, cell in large.items()} == {name: cell.source for name, cell in small.items()}
+    values = 3 * 256**2
+    for name, cell in large.items():
+        assert (cell.recipe.data.height, cell.recipe.data.width) == (256, 256)
+        for stage in cell.recipe.stages:
+            # A critic that begins after the stage has ended would be none.
+            assert all(max(x.start, x.critic.start if x.critic else 0) < stage.steps for x in stage.losses)
+            losses = {loss.name: loss for loss in stage.losses}
+            if name in ("aligntok", "kl-vae", "va-vae"):
+                assert losses["critics/patchgan"].adaptive.limit * values == pytest.approx(1e4, rel=2e-3)
+            if name in ("kl-vae", "va-vae"):
+                assert losses["kl"].weight * values == pytest.approx(1e-6, rel=2e-3)
+            if name == "va-vae":
+                assert losses["vf"].adaptive.limit * values == pytest.approx(1e8, rel=2e-3)
+
+
 def test_every_small_generator_shares_one_tokenizer_and_is_sampled_alike() -> None:
     tokenizer, *others = cells("backbones-small")
     assert {cell.loads for cell in others} == {tokenizer.name}

@@ -193,7 +193,7 @@ def test_numbers_carry_their_protocol(complete):
     text = complete.text
     assert re.search(r"psnr 23\.46 protocol [0-9a-f]{12} metric psnr images 500", text)
     assert "extractor.weights none levels yes" in text
-    assert "gFD 0.001235 ± 0.0001" in text
+    assert "gFD 0.001235 ± 0.00010" in text
 
 
 def test_pictures_are_those_of_the_run(complete):

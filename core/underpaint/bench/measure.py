@@ -27,6 +27,9 @@ __all__ = ["main", "measure_models"]
 def measure_models(folder: Path) -> list[Number]:
     """Count the parameters of a run's models and time its tokenizer.
 
+    A tokenizer that a generator's run has only loaded is not its own, and left out: timings of the same tokenizer in
+    several lines of a table would differ by chance alone.
+
     Args:
         folder: Finished run folder.
 
@@ -36,15 +39,20 @@ def measure_models(folder: Path) -> list[Number]:
     # Loads the plugins that the recipe names.
     recipe = load_recipe(str(folder / "config.yaml"))
     model = load_folder(folder)
+    own = not isinstance(model, Generator) or recipe.tokenizer.load is None or bool(recipe.stages)
     tokenizer = model.tokenizer if isinstance(model, Generator) else model
     assert isinstance(tokenizer, Tokenizer)
-    parts: dict[str, nn.Module] = {name: getattr(tokenizer, name) for name in ("encoder", "adapter", "decoder")}
+    parts: dict[str, nn.Module] = {}
+    if own:
+        parts |= {name: getattr(tokenizer, name) for name in ("encoder", "adapter", "decoder")}
     if isinstance(model, Generator):
         parts |= {"backbone": model.backbone, "conditioner": model.conditioner}
     numbers = [
         Number(name=f"{name}, M parameters", value=sum(p.numel() for p in part.parameters()) / 1e6, protocol={})
         for name, part in parts.items()
     ]
+    if not own:
+        return numbers
     on_gpu = recipe.engine.device != "cpu" and torch.cuda.is_available()
     tokenizer.to("cuda" if on_gpu else "cpu")
     return numbers + tokenizer_speed(tokenizer, recipe.data.height, recipe.data.width)

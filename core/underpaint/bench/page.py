@@ -192,11 +192,11 @@ def _summary(results: Results, runs: Mapping[str, RunFacts], force: bool) -> lis
             "Numbers of different protocols stand in one column here, as asked for by --force; the protocol follows "
             "each of them."
         )
-    machines: dict[str, list[str]] = {}
-    for name, run in runs.items():
-        machines.setdefault(_machine(run.provenance), []).append(name)
-    for machine, names in machines.items():
-        lines.append(f"{machine}." if len(machines) == 1 else f"{machine}: {', '.join(names)}.")
+    for say in (_images, _machine):
+        said: dict[str, list[str]] = {}
+        for name, run in runs.items():
+            said.setdefault(say(run), []).append(name)
+        lines += [f"{text}." if len(said) == 1 else f"{text}: {', '.join(names)}." for text, names in said.items()]
     if results.others and not runs:
         lines.append(
             f"The folder holds {len(results.others)} cells of other settings, such as {results.others[0]}; the report "
@@ -205,8 +205,18 @@ def _summary(results: Results, runs: Mapping[str, RunFacts], force: bool) -> lis
     return lines
 
 
-def _machine(provenance: Mapping[str, Any]) -> str:
+def _images(run: RunFacts) -> str:
+    """Say which images a run trained on and held out, as far as its provenance tells."""
+    data, size = run.provenance.get("data") or {}, (run.config.get("data") or {}).get("size")
+    sides = "×".join(map(str, size if isinstance(size, list) else [size, size]))
+    purposes = {"train": "to train on", "validation": "held out"}
+    counts = [f"{data[p]['samples']:,} of {data[p]['name']} {text}" for p, text in purposes.items() if p in data]
+    return f"Images of {sides} pixels{': ' * bool(counts)}{', '.join(counts)}"
+
+
+def _machine(run: RunFacts) -> str:
     """Say where a run ran, as far as its provenance tells."""
+    provenance = run.provenance
     machine, versions = provenance.get("machine") or {}, provenance.get("versions") or {}
     session = (provenance.get("sessions") or [{}])[-1]
     where = ", ".join(dict.fromkeys(machine.get("gpus", []))) or f"{machine.get('cpu_cores')} CPU cores"
@@ -245,7 +255,9 @@ def _curves(runs: Mapping[str, RunFacts]) -> dict[str, list[str]]:
     for stage_name, curves in series.items():
         names = list(curves)
         parts = [names[i : i + _SERIES] for i in range(0, len(names), _SERIES)]
-        drawn[stage_name] = [curve_svg(f"{stage_name}: loss", {n: curves[n] for n in part}) for part in parts]
+        # A single curve has no legend that would say whose it is.
+        of = f" of {names[0]}" if len(names) == 1 else ""
+        drawn[stage_name] = [curve_svg(f"{stage_name}: loss{of}", {n: curves[n] for n in part}) for part in parts]
     return drawn
 
 

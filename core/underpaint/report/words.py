@@ -60,8 +60,8 @@ def speed_cells(speed: Speed) -> list[str]:
 
 
 def figure(value: float, std: float | None) -> str:
-    """Return a measured value with at least four significant digits."""
-    return _digits(value) if std is None else f"{_digits(value)} ± {_digits(std)}"
+    """Return a measured value with at least four significant digits, and its deviation with two."""
+    return _digits(value, 4) if std is None else f"{_digits(value, 4)} ± {_digits(std, 2)}"
 
 
 def protocol_lines(protocol: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -78,9 +78,9 @@ def protocol_lines(protocol: Mapping[str, Any], prefix: str = "") -> list[tuple[
     return lines
 
 
-def _digits(value: float) -> str:
+def _digits(value: float, count: int) -> str:
     whole = len(str(int(abs(value)))) if math.isfinite(value) and abs(value) >= 1 else 0
-    return f"{value:,.{max(0, 4 - whole)}f}" if whole else f"{value:.4g}"
+    return f"{value:,.{max(0, count - whole)}f}" if whole else f"{value:#.{count}g}" if value else "0"
 
 
 def duration(seconds: float) -> str:
