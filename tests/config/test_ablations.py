@@ -81,7 +81,7 @@ def test_every_small_generator_shares_one_tokenizer_and_is_sampled_alike() -> No
     assert {cell.loads for cell in others} == {tokenizer.name}
     assert not any(cell.recipe.stages for cell in others)
     families = {cell.recipe.diffusion.backbone.name.partition("/")[0] for cell in others if cell.recipe.diffusion}
-    assert families == {"lightningdit", "sit", "reg", "ditdh", "mmdit", "flux"}
+    assert families == {"lightningdit", "sit", "reg", "ditdh", "dit", "mmdit", "flux"}
     first = others[0].recipe
     for cell in others:
         assert (cell.recipe.evaluation.sampler, cell.recipe.evaluation.guidance) == (

@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -338,6 +341,45 @@ def test_a_killed_worker_is_named_within_thirty_seconds():
             next(loader)
     assert time.monotonic() - start < 30
     loader.close()
+
+
+TRAINING = """
+import multiprocessing
+import time
+
+import underpaint
+from underpaint.data.loader import ImageLoader
+from underpaint.data.transforms import Crop
+
+if __name__ == "__main__":
+    dataset = underpaint.create("dataset", "scenes/shapes", length=64, size=16)
+    loader = ImageLoader(dataset, transform=Crop(16, 16), batch=8, seed=0, workers=2)
+    next(loader)
+    print(*(process.pid for process in multiprocessing.active_children()), flush=True)
+    time.sleep(600)
+"""
+
+
+def ended(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_training_that_is_killed(tmp_path):
+    (tmp_path / "training.py").write_text(TRAINING)
+    with subprocess.Popen([sys.executable, tmp_path / "training.py"], stdout=subprocess.PIPE, text=True) as training:
+        try:
+            workers = [int(pid) for pid in training.stdout.readline().split()]
+        finally:
+            training.kill()
+    assert len(workers) == 2
+    end = time.monotonic() + 60
+    while not all(map(ended, workers)):
+        assert time.monotonic() < end, "workers live on"
+        time.sleep(0.1)
 
 
 @pytest.mark.slow

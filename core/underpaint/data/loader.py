@@ -12,7 +12,9 @@ import logging
 import math
 import multiprocessing
 import multiprocessing.connection
+import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from multiprocessing.process import BaseProcess
@@ -403,8 +405,18 @@ def _same(read: Any) -> Any:
     return read
 
 
-def _one_thread(_: int) -> None:
+def _begin(_: int) -> None:
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # A training process that is killed cannot stop its workers, and they are children of the fork server, which torch's
+    # own watch takes for it: they would wait for work for ever.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _reads(reader: _Reader, positions: Sampler[range] | list[range], workers: int) -> Generator[_Read]:
@@ -421,7 +433,7 @@ def _reads(reader: _Reader, positions: Sampler[range] | list[range], workers: in
         sampler=positions,
         num_workers=workers,
         collate_fn=_same,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_begin,
         multiprocessing_context=context,
         generator=torch.Generator(),  # its own, or starting workers would advance the run's random numbers
     )
