@@ -56,8 +56,8 @@ def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
                     if precision == "fp32"
                     else (bf16, f"{name} datasheet, dense bf16")
                 )
-    size = 4096 if device.type == "cuda" else 768
-    dtype = torch.bfloat16 if precision != "fp32" and device.type == "cuda" else torch.float32
+    size = 4096 if device.type == "cuda" else 1024
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     a = torch.ones(size, size, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(4):
@@ -65,4 +65,4 @@ def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
         product = a @ a
         product[0, 0].item()
         best = min(best, time.perf_counter() - start)
-    return 2.0 * size**3 / best, f"measured {size}×{size} matrix product"
+    return 2.0 * size**3 / best, f"measured {size}×{size} matrix product in {str(dtype).removeprefix('torch.')}"
