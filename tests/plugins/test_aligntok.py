@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +11,7 @@ import torch
 from torch import Tensor
 
 import underpaint
-import underpaint_aligntok
 from underpaint import Adapter, ConfigError, DataError, Features, Loss, Posterior, StepTensors
-from underpaint.api import registry
 from underpaint.run.recipes import load_recipe
 from underpaint_aligntok.adapter import Mlp
 
@@ -168,29 +165,6 @@ def test_latent_scale_is_the_standard_deviation_of_the_channels() -> None:
 
 
 # -------------------------------------------------------------------------------------------------- recipes
-
-
-def test_every_recipe_is_registered_under_the_name_of_its_file() -> None:
-    folder = Path(underpaint_aligntok.__file__).with_name("recipes")
-    shipped = {path.stem: path for path in folder.glob("*.yaml")}
-    registered = {r.name: r for r in registry().recipes() if r.plugin == "aligntok"}
-    assert {name: r.path for name, r in registered.items()} == shipped
-    for name, path in shipped.items():
-        assert registered[name].summary or "about:" not in path.read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize(
-    ("text", "summary"),
-    [
-        ("name: a\nabout: One line: with a colon\n", "One line: with a colon"),
-        ('about: "Quoted"\n', "Quoted"),
-        ("name: a\ndata:\n  about: not this\n", ""),
-    ],
-)
-def test_summary_is_the_about_line(tmp_path: Path, text: str, summary: str) -> None:
-    path = tmp_path / "a.yaml"
-    path.write_text(text, encoding="utf-8")
-    assert underpaint_aligntok._about(path) == summary
 
 
 @pytest.mark.parametrize(
