@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 import underpaint
-from tests.run.conftest import tiny_recipe
+from tests.run.conftest import finish, tiny_recipe, train
+from underpaint.config.recipe import dump_recipe
 from underpaint.config.schema import Recipe
 from underpaint.errors import DataError
 from underpaint.run.data import open_run_data
@@ -100,6 +101,19 @@ def test_the_run_says_how_many_and_trains_on_the_rest(tmp_path: Path, capsys: py
     assert '"smaller_left_out": 2' in json.dumps(provenance)
     tokenizer = underpaint.load(tmp_path / "run" / "stages" / "align" / "tokenizer")
     assert "'smaller_left_out': 2" in tokenizer.about["facts"][0]
+
+
+@pytest.mark.slow
+def test_two_ranks_look_at_a_share_each_and_leave_out_the_same(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe(tmp_path)), encoding="utf-8")
+    alone, both = (train(tmp_path / "recipe.yaml", tmp_path / f"run{n}", ranks=n) for n in (1, 2))
+    for process in (alone, both):
+        said = finish(process)
+        assert process.returncode == 0, said
+        assert said.count("data: 2 of 7 training images have a short side below 32 px and are left out\n") == 1
+    one, two = (json.loads((tmp_path / f"run{n}" / "small_images.json").read_text()) for n in (1, 2))
+    assert one == two
+    assert one["small"] == [2, 4]
 
 
 def test_no_image_left_is_one_sentence(tmp_path: Path, world: Ranks) -> None:
