@@ -50,6 +50,7 @@ class Watchdog:
         self._since = time.monotonic()
         self._leaves = False
         self._heard: dict[int, tuple[str, float]] = {}
+        self._rounds = 0
         self._done = threading.Event()
         self._threads: list[threading.Thread] = []
 
@@ -108,6 +109,7 @@ class Watchdog:
             for rank, text in zip(ranks, heard, strict=True):
                 if rank not in self._heard or self._heard[rank][0] != text:
                     self._heard[rank] = (text, now)
+            self._rounds = beats
 
     def _judge(self) -> None:
         looked = time.monotonic()
@@ -125,7 +127,7 @@ class Watchdog:
         """Say what happened, so late that ranks that have died are known from those that notice it too."""
         step, does = self._now
         self._leaves = True
-        time.sleep((_MISSED + 1) * self._beat)
+        self._listen()
         text = (
             f"Rank {self._ranks.rank} of {self._ranks.world_size} {what}, where stage '{self._stage}' {does} step "
             f"{step}: {self._suspects()}. Look at what that rank wrote last, and run the same command to go on from "
@@ -135,6 +137,15 @@ class Watchdog:
             # The store often lives in its process, and the others still ask it.
             time.sleep((_MISSED + 1) * self._beat)
         return text
+
+    def _listen(self) -> None:
+        """Wait until a rank that is silent has been heard to be: in rounds of `_talk`, which a busy machine delays."""
+        start, until = time.monotonic(), self._rounds + _MISSED + 2
+        time.sleep((_MISSED + 1) * self._beat)
+        while self._rounds < until and self._threads[0].is_alive():
+            if time.monotonic() - start > 3 * (_MISSED + 1) * self._beat:
+                return
+            time.sleep(self._beat / 4)
 
     def _suspects(self) -> str:
         """Say who keeps the others waiting, as far as this rank can know."""
