@@ -159,7 +159,7 @@ def _plugin_details(record: PluginRecord) -> dict[str, Any]:
         ],
         "aliases": [f"{a.kind}:{a.alias} → {a.name}" for a in catalogue.aliases() if a.plugin == record.name],
         "recipes": [
-            f"{recipe.name}" + (f" — {recipe.about()}" if recipe.about() else "")
+            f"{recipe.name}" + (f" — {about}" if (about := recipe.about()) else "")
             for recipe in catalogue.recipes()
             if recipe.plugin == record.name
         ],
