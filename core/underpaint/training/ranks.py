@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Mapping
 from datetime import timedelta
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
@@ -141,7 +139,6 @@ class Ranks:
         self._launched = place.launched
         self._timeout = timedelta(seconds=timeout)
         self._objects: Any = None
-        self._store: Path | None = None
         self._before: dict[str, str | None] = {}
 
     def __enter__(self) -> Ranks:
@@ -156,22 +153,12 @@ class Ranks:
         self._before = {name: os.environ.get(name) for name in self._add}
         os.environ.update(self._add)
         deepspeed = self._import_deepspeed()
-        method = None
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
         if not self._launched:
-            descriptor, name = tempfile.mkstemp(prefix="underpaint-ranks-")
-            os.close(descriptor)
-            self._store = Path(name)
-            self._store.unlink()
-            method = self._store.as_uri()
-        deepspeed.init_distributed(
-            dist_backend="nccl" if self.device.type == "cuda" else "gloo",
-            auto_mpi_discovery=False,
-            verbose=False,
-            timeout=self._timeout,
-            init_method=method,
-            rank=-1 if self._launched else 0,
-            world_size=-1 if self._launched else 1,
-        )
+            # DeepSpeed would meet a lone process through a file, which stays behind where that process is killed.
+            store = dist.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=self._timeout)
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=self._timeout)
         # Objects are pickled into CPU tensors: NCCL would carry them through the GPU and wait for its stream.
         self._objects = dist.new_group(backend="gloo") if self.device.type == "cuda" else dist.group.WORLD
         return self
@@ -182,8 +169,6 @@ class Ranks:
         # After an error on one rank the others may hang in a collective, and NCCL would wait for them here.
         if dist.is_initialized() and (kind is None or self.device.type == "cpu"):
             self._import_deepspeed().comm.destroy_process_group()
-        if self._store is not None:
-            self._store.unlink(missing_ok=True)
         for name, value in self._before.items():
             if value is None:
                 os.environ.pop(name, None)

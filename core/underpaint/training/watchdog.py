@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import threading
@@ -51,6 +52,7 @@ class Watchdog:
         self._leaves = False
         self._heard: dict[int, tuple[str, float]] = {}
         self._rounds = 0
+        self._left = threading.Event()
         self._done = threading.Event()
         self._threads: list[threading.Thread] = []
 
@@ -80,6 +82,8 @@ class Watchdog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         report = None
+        # While this rank looks for who has gone, its own time must not run out and say something else.
+        self._left.set()
         if self._ranks.world_size > 1 and _is_lost_connection(error):
             report = self._report(f"lost the connection ({_first_line(error)})")
         self._done.set()
@@ -113,7 +117,7 @@ class Watchdog:
 
     def _judge(self) -> None:
         looked = time.monotonic()
-        while not self._done.wait(self._beat):
+        while not self._left.wait(self._beat):
             before, looked = looked, time.monotonic()
             if looked - before > (_MISSED + 1) * self._beat:
                 # This process was stopped itself, as by Ctrl-Z or a suspended job: no time that others lost.
@@ -149,14 +153,16 @@ class Watchdog:
 
     def _suspects(self) -> str:
         """Say who keeps the others waiting, as far as this rank can know."""
-        now = time.monotonic()
-        heard = {rank: (*json.loads(text)[1:], now - when) for rank, (text, when) in dict(self._heard).items()}
+        own = self._ranks.rank
+        heard = {rank: (*json.loads(text)[1:], when) for rank, (text, when) in dict(self._heard).items()}
         # Ranks that leave as this one does are no suspects, whether they are gone already or not.
         left = [rank for rank, (_, _, leaves, _) in heard.items() if leaves]
-        answer = [rank for rank, (*_, age) in heard.items() if age <= _MISSED * self._beat]
-        if self._ranks.rank not in answer and 0 not in left:
+        # Every round brings this rank its own words. Once the store is gone, the last round is all there is to go by.
+        listened = heard[own][-1] if own in heard else -math.inf
+        if time.monotonic() - listened > _MISSED * self._beat and 0 not in left:
             return "rank 0, through which the ranks hear of each other, does not answer"
-        known = (self._ranks.rank, *answer, *left)
+        answer = [rank for rank, (*_, when) in heard.items() if listened - when <= _MISSED * self._beat]
+        known = (own, *answer, *left)
         silent = [rank for rank in range(self._ranks.world_size) if rank not in known]
         if silent:
             return _listed([f"rank {rank} does not answer" for rank in silent])
