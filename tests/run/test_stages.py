@@ -165,12 +165,18 @@ def check_equal(out: Path, other: Path) -> None:
 
 @pytest.mark.parametrize("stage", ["first", "second"])
 def test_interrupted_training_goes_on_bit_by_bit(
-    adversarial: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+    adversarial: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    stage: str,
 ) -> None:
     cut(monkeypatch, stage, 2)
     with pytest.raises(Cut):
         run_recipe(recipe(FIRST, SECOND), tmp_path / "run")
+    assert f"stage {stage}: the layers of the loss vf" in capsys.readouterr().err
     run_recipe(recipe(FIRST, SECOND), tmp_path / "run")
+    assert f"stage {stage}: the layers of the loss vf" not in capsys.readouterr().err
     check_equal(tmp_path / "run", adversarial)
 
 

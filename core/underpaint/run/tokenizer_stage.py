@@ -69,7 +69,7 @@ def run_tokenizer_stage(session: Session, index: int, tokenizer: Tokenizer) -> L
             f"Stage '{stage.name}' has adaptive weights, and engine.zero is 3, which leaves no rank with the whole "
             "layer that they are measured at; set engine.zero to 2 or less."
         )
-    _take_heads(session, index, losses)
+    heads = _take_heads(session, index, losses)
     partner = None if stage.denoiser is None else Partner(session, index, tokenizer, sizes)
     learner = TokenizerModule(
         tokenizer.to(ranks.device),
@@ -143,6 +143,7 @@ def run_tokenizer_stage(session: Session, index: int, tokenizer: Tokenizer) -> L
             stop_rule=lambda engine: _stop_rule(session, stage, learner, engine),
             export=export,
             origin=origin,
+            notes=heads,
         ),
     )
     if stage.stop is not None and result.steps < stage.steps:
@@ -150,15 +151,15 @@ def run_tokenizer_stage(session: Session, index: int, tokenizer: Tokenizer) -> L
     return result
 
 
-def _take_heads(session: Session, index: int, losses: WeightedLosses) -> None:
-    if not len(losses.heads):
-        return
+def _take_heads(session: Session, index: int, losses: WeightedLosses) -> list[str]:
+    """Give the losses' layers what an earlier stage has trained, and return what to tell of it."""
     stages = session.recipe.stages
-    earlier = stages[index - 1].name if index else None
+    earlier = stages[index - 1].name if index and len(losses.heads) else None
     taken = () if earlier is None else carry_heads(losses.heads, session.folder.stage(earlier) / "heads")
-    for key in losses.heads:
-        origin = f"go on from stage {earlier}" if key in taken else "start anew"
-        _say(session, f"stage {stages[index].name}: the layers of the loss {key} {origin}")
+    return [
+        f"the layers of the loss {key} " + (f"go on from stage {earlier}" if key in taken else "start anew")
+        for key in losses.heads
+    ]
 
 
 def _say(session: Session, line: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -64,6 +65,7 @@ class StagePlan:
         export: Writes the result, from the full state dict on rank 0.
         origin: Hashes of weights that the stage reads and its checkpoints do not hold, by what they are. A stage does
             not go on with others.
+        notes: What to tell where the stage does not go on from a checkpoint.
     """
 
     name: str
@@ -85,6 +87,7 @@ class StagePlan:
     stop_rule: Callable[[Engine], StopRule | None] = lambda engine: None
     export: Callable[[dict[str, Tensor]], None]
     origin: Mapping[str, str] = attrs.field(factory=dict)
+    notes: Sequence[str] = ()
 
 
 def train_stage(session: Session, plan: StagePlan) -> LoopResult:
@@ -135,6 +138,9 @@ def train_stage(session: Session, plan: StagePlan) -> LoopResult:
         for critic in critics:
             critic.load(latest.folder)
         start = latest.step
+    elif ranks.is_main:
+        for note in plan.notes:
+            print(f"stage {plan.name}: {note}", file=sys.stderr, flush=True)
     rule = plan.stop_rule(engine)
     if rule is not None:
         rule.rewind(start)
