@@ -30,6 +30,13 @@ __all__ = ["encode", "evaluate", "reconstruct", "report", "sample"]
 
 _data = click.option("--data", required=True, metavar="PATH", help="Images: a folder, Parquet or tar files.")
 _size = click.option("--size", type=int, metavar="PX", help="Side of the square crop.  [default: as trained]")
+_workers = click.option(
+    "--workers",
+    type=click.IntRange(0),
+    default=2,
+    show_default=True,
+    help="Processes that read the images, if these are more than 1,000.",
+)
 _device = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _steps = click.option("--steps", type=click.IntRange(1), help="Solver steps for samples.  [default: the generator's]")
@@ -75,7 +82,7 @@ def _load_generator(model: str) -> Generator:
     return found
 
 
-def _open(data: str, tokenizer: Tokenizer, size: int | None) -> RunData:
+def _open(data: str, tokenizer: Tokenizer, size: int | None, workers: int = 0) -> RunData:
     from underpaint.data.sources import guess_dataset
     from underpaint.run.data import open_run_data
 
@@ -85,9 +92,9 @@ def _open(data: str, tokenizer: Tokenizer, size: int | None) -> RunData:
     height, width = (size, size) if size is not None else tuple(trained or ())
     tokenizer.grid(height, width)
     guessed = guess_dataset(data)
-    return open_run_data(
-        DataConfig(train=guessed.train, validation=guessed.validation or guessed.train, size=(height, width), workers=0)
-    )
+    validation = guessed.validation or guessed.train
+    config = DataConfig(train=guessed.train, validation=validation, size=(height, width), workers=workers)
+    return open_run_data(config)
 
 
 @click.command()
@@ -106,6 +113,7 @@ def _open(data: str, tokenizer: Tokenizer, size: int | None) -> RunData:
 )
 @click.option("--shard", type=click.IntRange(1), default=4096, show_default=True, help="Samples per shard.")
 @_batch
+@_workers
 @click.option("--check", is_flag=True, help="Encode nothing: read the cache and say what is wrong with it.")
 @click.option("--rebuild", is_flag=True, help="Delete what is in --out first.")
 @_device
@@ -120,6 +128,7 @@ def encode(
     store: Any,
     shard: int,
     batch: int,
+    workers: int,
     check: bool,
     rebuild: bool,
     device: Any,
@@ -133,7 +142,7 @@ def encode(
     from underpaint.training.ranks import Ranks
 
     tokenizer = _load_tokenizer(model)
-    images = None if data is None else _open(data, tokenizer, size)
+    images = None if data is None else _open(data, tokenizer, size, workers)
     if check:
         cache = _checked(out, tokenizer, images, as_json)
     elif images is None:
@@ -214,14 +223,11 @@ def reconstruct(model: str, data: str, out: Path, count: int, size: int | None, 
 
 
 def _reconstruction(tokenizer: Tokenizer, data: RunData, count: int, batch: int, show: int) -> Any:
-    from underpaint.data.loader import ImagePass
     from underpaint.evaluation.measure import make_metrics, measure_reconstruction
 
     device = next(tokenizer.parameters()).device
     config = EvaluationConfig()
-    images = ImagePass(
-        data.validation, transform=data.plain_crop(), batch=batch, indices=data.validation_indices[:count]
-    )
+    images = data.validation_pass(count, batch)
     facts = {
         "data": data.validation.spec.name,
         "data_hash": data.fingerprint("validation"),
@@ -336,6 +342,7 @@ def _sample_inputs(generator: Generator, labels: str | None, text: tuple[str, ..
 @click.option("--seed", type=int, default=0, show_default=True)
 @_size
 @_batch
+@_workers
 @_precision
 @_compile
 @_device
@@ -353,6 +360,7 @@ def evaluate(
     seed: int,
     size: int | None,
     batch: int,
+    workers: int,
     precision: Precision,
     compiled: bool,
     device: str,
@@ -362,7 +370,6 @@ def evaluate(
     as_json: bool,
 ) -> None:
     """Measure a tokenizer's reconstructions, and a generator's samples, on held-out images."""
-    from underpaint.data.loader import ImagePass
     from underpaint.evaluation.measure import make_metrics, measure_generation
     from underpaint.evaluation.protocol import read_numbers, write_numbers
     from underpaint.models.denoiser import Denoiser
@@ -377,7 +384,7 @@ def evaluate(
             "that."
         )
     tokenizer = found.tokenizer if isinstance(found, Generator) else found
-    images = _open(data, tokenizer, size)
+    images = _open(data, tokenizer, size, workers)
     numbers, _ = _reconstruction(tokenizer, images, count, batch, 1)
     if isinstance(found, Generator) and metric:
         settings = _settings(found, steps, guidance)
@@ -385,11 +392,10 @@ def evaluate(
             images=count, batch=batch, sampler=settings.sampler, guidance=settings.guidance, seed=seed
         )
         found.prepare(precision=precision, compile=compiled)
-        chosen = images.validation_indices[:count]
-        references = ImagePass(images.validation, transform=images.plain_crop(), batch=batch, indices=chosen)
+        references = images.validation_pass(count, batch)
         facts = {"data": images.validation.spec.name, "data_hash": images.fingerprint("validation")}
         if found.conditioner.accepts == "text":
-            count = len(chosen)  # a sample for each caption
+            count = min(count, len(images.validation_indices))  # a sample for each caption
         more, _ = measure_generation(found, references, metrics, config, count=count, facts=facts)
         numbers += more
     if save is not None:

@@ -32,6 +32,8 @@ __all__ = ["RunData", "build_cache", "cache_statistics", "check_sizes", "open_ru
 _SPREAD_SEED = 7
 _DRAW_SEED = 11
 _LOOKED_AT = 32
+# Images that one process reads in the seconds that others take to start.
+_FEW = 1000
 
 
 @attrs.frozen(eq=False, kw_only=True)
@@ -74,23 +76,27 @@ class RunData:
         indices = self.train_indices if part == "train" else self.validation_indices
         return hashlib.sha256(dataset.fingerprint().encode() + indices.tobytes()).hexdigest()[:32]
 
-    def validation_pass(self, count: int, batch: int, ranks: Ranks) -> ImagePass:
-        """Read this rank's share of the first `count` validation images."""
-        return self._pass(self.validation, self.validation_indices[:count], batch, ranks)
+    def validation_pass(self, count: int, batch: int, ranks: Ranks | None = None) -> ImagePass:
+        """Read this rank's share, all without `ranks`, of the first `count` validation images."""
+        return self.read_once(self.validation, self.validation_indices[:count], batch, ranks)
 
     def train_pass(self, count: int, batch: int, ranks: Ranks) -> ImagePass:
         """Read this rank's share of `count` training images, always the same ones, cut as the validation images are."""
-        return self._pass(self.train, _limited(self.train_indices, count), batch, ranks)
+        return self.read_once(self.train, _limited(self.train_indices, count), batch, ranks)
 
-    def _pass(self, dataset: Dataset, indices: NDArray[np.int64], batch: int, ranks: Ranks) -> ImagePass:
+    def read_once(
+        self, dataset: Dataset, indices: NDArray[np.int64], batch: int, ranks: Ranks | None = None
+    ) -> ImagePass:
+        """Read this rank's share (without `ranks`: all) of samples of one of the two sets, cut to be measured."""
+        rank, world_size = (0, 1) if ranks is None else (ranks.rank, ranks.world_size)
         return ImagePass(
             dataset,
             transform=self.plain_crop(),
             batch=batch,
             indices=indices,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            workers=0,
+            rank=rank,
+            world_size=world_size,
+            workers=self.config.workers if len(indices) > _FEW * world_size else 0,
             max_broken=self.config.max_broken,
         )
 
@@ -280,14 +286,7 @@ def _encode(
     if not missing:
         return
     positions = np.concatenate([np.asarray(writer.positions(shard)) for shard in missing])
-    images = ImagePass(
-        data.train,
-        transform=data.plain_crop(),
-        batch=config.batch,
-        indices=data.train_indices[positions],
-        workers=data.config.workers,
-        max_broken=data.config.max_broken,
-    )
+    images = data.read_once(data.train, data.train_indices[positions], config.batch)
     found = _by_sample(images, tokenizer, config, ranks.device)
     waiting = next(found, None)
     for shard in missing:

@@ -224,12 +224,12 @@ def _stop_rule(session: Session, stage: StageConfig, module: TokenizerModule, en
         with engine.using("raw" if stage.ema is None else "ema"), engine.autocast():
             for metric in metrics:
                 metric.reset()
-                batches = data.validation_pass(config.images, batch, ranks)
-                numbers, _ = measure_reconstruction(view, batches, [metric], facts={}, show=1)
-                values |= {number.name: (number.value, bool(metric.higher_is_better)) for number in numbers}
+            images = data.validation_pass(config.images, batch, ranks)
+            numbers, _ = measure_reconstruction(view, images, metrics, facts={}, show=1)
+            values |= {number.name: (number.value, bool(number.higher_is_better)) for number in numbers}
             if config.probe is not None:
                 passes = data.train_pass(config.probe, batch, ranks), data.validation_pass(config.images, batch, ranks)
-                probed = [tensor for images in passes for tensor in pooled_latents(view, images)]
+                probed = [tensor for part in passes for tensor in pooled_latents(view, part)]
         module.train()
         if probed:
             # Of all ranks; the probe itself is no part of what runs in low precision.
