@@ -25,7 +25,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _enter(rank: int, world_size: int, port: int, out: str, case: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def be_rank(rank: int, world_size: int, port: int) -> None:
+    """Make this process a rank, as a launcher does."""
     torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank),
@@ -34,6 +35,10 @@ def _enter(rank: int, world_size: int, port: int, out: str, case: Callable[..., 
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
+
+
+def _enter(rank: int, world_size: int, port: int, out: str, case: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    be_rank(rank, world_size, port)
     with Ranks("cpu", timeout=60) as ranks:
         result = case(ranks, *args)
     torch.save(result, f"{out}/{rank}.pt")

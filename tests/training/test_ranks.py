@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 
 import pytest
 import torch
+import torch.multiprocessing
+from processes import be_rank, free_port
 
-from underpaint.errors import ConfigError, UnderpaintError
+from underpaint.errors import ConfigError, DataError, UnderpaintError
 from underpaint.training import ranks as module
 from underpaint.training.ranks import Ranks
 
@@ -111,3 +114,22 @@ def test_each_rank_takes_the_gpu_of_its_number(monkeypatch):
         module._pick_device("auto", 4)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert module._pick_device("cuda", 3) == torch.device("cuda", 0)
+
+
+def enter_and_leave(rank, port, folder):
+    be_rank(rank, 2, port)
+    try:
+        with Ranks("cpu", timeout=60) as ranks:
+            if ranks.is_main:
+                raise DataError("The disk is full.")
+            ranks.barrier()
+    except UnderpaintError as error:
+        (folder / str(rank)).write_text(str(error))
+
+
+@pytest.mark.slow
+def test_who_waits_for_a_rank_that_has_ended_says_so_in_a_sentence(tmp_path):
+    torch.multiprocessing.start_processes(enter_and_leave, args=(free_port(), tmp_path), nprocs=2, start_method="spawn")
+    assert (tmp_path / "0").read_text() == "The disk is full."
+    said = (tmp_path / "1").read_text()
+    assert re.fullmatch(r"Rank 1 of 2 lost the connection to another \(.*peer.*\); look for what .* wrote\.", said)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from underpaint.errors import ConfigError, UnderpaintError
 
-__all__ = ["Ranks"]
+__all__ = ["Ranks", "lost_connection"]
 
 _T = TypeVar("_T")
 
@@ -127,6 +127,7 @@ class Ranks:
 
     Raises:
         ConfigError: The device does not exist or the launcher's variables are incomplete.
+        UnderpaintError: On leaving: another rank has gone.
     """
 
     def __init__(self, device: Literal["auto", "cpu", "cuda"] = "auto", *, timeout: float = 1800.0) -> None:
@@ -175,6 +176,12 @@ class Ranks:
             else:
                 os.environ[name] = value
         self._objects = None
+        lost = lost_connection(error) if self.world_size > 1 else None
+        if lost is not None:
+            raise UnderpaintError(
+                f"Rank {self.rank} of {self.world_size} lost the connection to another ({lost}); look for what the "
+                "rank that ended first wrote."
+            ) from error
 
     def _import_deepspeed(self) -> Any:
         import deepspeed
@@ -239,3 +246,12 @@ class Ranks:
         group = self._objects if tensor.device.type == "cpu" else dist.group.WORLD
         dist.all_reduce(tensor, group=group)
         return tensor
+
+
+def lost_connection(error: BaseException | None) -> str | None:
+    """Return what an error says of a lost connection between ranks; None if it is of something else."""
+    # Gloo raises a plain RuntimeError, whose text begins with the file of its source that found out.
+    if not (isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))):
+        return None
+    line = str(error).splitlines()[0]
+    return line.partition("] ")[2].split(". ")[0] or line

@@ -11,10 +11,8 @@ import time
 from types import TracebackType
 from typing import Any
 
-import torch.distributed as dist
-
 from underpaint.errors import UnderpaintError
-from underpaint.training.ranks import Ranks
+from underpaint.training.ranks import Ranks, lost_connection
 
 __all__ = ["Watchdog"]
 
@@ -84,8 +82,9 @@ class Watchdog:
         report = None
         # While this rank looks for who has gone, its own time must not run out and say something else.
         self._left.set()
-        if self._ranks.world_size > 1 and _is_lost_connection(error):
-            report = self._report(f"lost the connection ({_first_line(error)})")
+        lost = lost_connection(error) if self._ranks.world_size > 1 else None
+        if lost is not None:
+            report = self._report(f"lost the connection ({lost})")
         self._done.set()
         for thread in self._threads:
             thread.join(self._beat)
@@ -176,12 +175,3 @@ class Watchdog:
 
 def _listed(items: list[str]) -> str:
     return ", ".join(items[:_NAMED]) + (f", and {len(items) - _NAMED} more" if len(items) > _NAMED else "")
-
-
-def _is_lost_connection(error: BaseException | None) -> bool:
-    # Gloo raises a plain RuntimeError, whose text begins with the file of its source that found out.
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
-
-
-def _first_line(error: BaseException | None) -> str:
-    return str(error).splitlines()[0].partition("] ")[2].split(". ")[0] or str(error).splitlines()[0]
