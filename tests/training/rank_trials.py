@@ -31,11 +31,12 @@ from underpaint.training.ranks import Ranks
 from underpaint.training.signals import StopRequest
 from underpaint.training.watchdog import Watchdog
 
-TIMEOUT = 6.0
+# One that is no neighbour of a rank that was killed loses its connection only when a neighbour has reported and left.
+TIMEOUT = {"kill": 30.0, "stop": 6.0}
 PATIENCE = 60.0
 
 
-def train(folder: Path, report: int) -> None:
+def train(folder: Path, report: int, timeout: float) -> None:
     """Go on from the newest checkpoint, saving after every step; say what it was, then each step that is saved."""
 
     def say(what: str, step: int) -> None:
@@ -51,7 +52,7 @@ def train(folder: Path, report: int) -> None:
         if hook == "on_checkpoint_saved" and ranks.is_main:
             say("saved", facts["step"])
 
-    with Ranks("cpu", timeout=TIMEOUT + PATIENCE) as ranks:
+    with Ranks("cpu", timeout=timeout + PATIENCE) as ranks:
         store = CheckpointStore(folder, 2, ranks)
         engine = cases.make_engine(ranks, zero=2)
         latest = store.latest(verify=True)
@@ -60,7 +61,7 @@ def train(folder: Path, report: int) -> None:
             assert engine.train_state == latest.step
         if ranks.is_main:
             say("resumed", engine.train_state)
-        with StopRequest() as stop, Watchdog(ranks, "one", TIMEOUT) as watchdog:
+        with StopRequest() as stop, Watchdog(ranks, "one", timeout) as watchdog:
             train_loop(
                 name="one",
                 batches=itertools.count(),
@@ -82,7 +83,7 @@ def train(folder: Path, report: int) -> None:
             )
 
 
-def start(folder: Path, rank: int, world_size: int, port: int, report: int) -> int:
+def start(folder: Path, rank: int, world_size: int, port: int, report: int, timeout: float) -> int:
     child = os.fork()
     if child:
         return child
@@ -92,7 +93,7 @@ def start(folder: Path, rank: int, world_size: int, port: int, report: int) -> i
         os.dup2(errors, 2)
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        train(folder, report)
+        train(folder, report, timeout)
     except UnderpaintError as error:
         print(f"Error: {error}", file=sys.stderr, flush=True)
         code = 2
@@ -138,10 +139,10 @@ class Trial:
     temporary: bool
 
 
-def trial(folder: Path, world_size: int, victim: int, what: signal.Signals, seconds: float) -> Trial:
+def trial(folder: Path, world_size: int, victim: int, what: signal.Signals, seconds: float, timeout: float) -> Trial:
     port = free_port()
     read, write = os.pipe()
-    children = {rank: start(folder, rank, world_size, port, write) for rank in range(world_size)}
+    children = {rank: start(folder, rank, world_size, port, write, timeout) for rank in range(world_size)}
     os.close(write)
     with os.fdopen(read) as lines:
         first, second = lines.readline(), lines.readline()
@@ -182,7 +183,8 @@ def main() -> None:
         victims, world_size, what = [1, 0, 3, 2], 4, signal.SIGKILL
     else:
         victims, world_size, what = [1, 0], 2, signal.SIGSTOP
-    trials = [trial(folder, world_size, victim, what, generator.uniform(0.0, 0.3)) for victim in victims]
+    timeout = TIMEOUT[sys.argv[2]]
+    trials = [trial(folder, world_size, victim, what, generator.uniform(0.0, 0.3), timeout) for victim in victims]
     print(json.dumps([attrs.asdict(one) for one in trials]))
 
 

@@ -120,6 +120,7 @@ def enter_and_leave(rank, port, folder):
     be_rank(rank, 2, port)
     try:
         with Ranks("cpu", timeout=60) as ranks:
+            ranks.barrier()
             if ranks.is_main:
                 raise DataError("The disk is full.")
             ranks.barrier()

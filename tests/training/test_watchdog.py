@@ -173,10 +173,8 @@ def test_a_rank_killed_while_zero_saves(tmp_path):
         reported = one["saved"]
         assert one["codes"] == [2] * 3
         assert one["seconds"] < 60
-        # Its neighbours lose the connection at once; one further away may have waited too long by then.
-        assert any("lost the connection" in error for error in one["errors"])
         for error in one["errors"]:
-            assert "lost the connection" in error or "longer than engine.timeout" in error
+            assert "lost the connection" in error
             assert f": rank {one['victim']}" in error
             assert error.count("does not answer") == 1
     assert any(one["temporary"] for one in trials)
