@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from pathlib import Path
 
 import attrs
@@ -12,12 +13,13 @@ from torch import Tensor, nn
 
 from underpaint.config.engine import EngineConfig, OptimizerConfig, PartOptimizer
 from underpaint.errors import RunLockedError, UnderpaintError
-from underpaint.training import state
+from underpaint.training import checkpoint, state
 from underpaint.training.checkpoint import CheckpointStore
 from underpaint.training.engine import Engine
 from underpaint.training.lock import RunLock
 from underpaint.training.ranks import Ranks
 from underpaint.training.schedule import rate_factor
+from underpaint.weights import file_hash
 
 STEPS = 20
 BATCH = 8
@@ -287,13 +289,22 @@ def failing_saves(ranks: Ranks, folder: str) -> tuple:
 
 
 def same_name(ranks: Ranks, folder: str) -> object:
-    """Let both ranks write a file of one name."""
+    """Let both ranks write a file of one name, and hand it in at one time."""
     store = CheckpointStore(Path(folder), 2, ranks)
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    logging.getLogger("underpaint").addHandler(handler)
+
+    def together(path: Path) -> str:
+        ranks.barrier()
+        return file_hash(path)
 
     def write(path: Path) -> None:
         (path / "weights.bin").write_bytes(b"x")
+        checkpoint.file_hash = together
 
-    return store.save(1, write, {})
+    return store.save(1, write, {}), [record.getMessage() for record in records]
 
 
 def locked(ranks: Ranks, folder: str) -> str:

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -275,6 +276,9 @@ class CheckpointStore:
             assert failure is not None
             raise failure
         problems = [f"rank {rank}: {text}" for rank, (_, text, _) in enumerate(reports) if text is not None]
+        # By the reports: of two ranks that look into the folder at one time, neither sees the other's file.
+        owners = Counter(name for report, *_ in reports for name in report)
+        problems += [f"{count} ranks have a file '{name}'" for name, count in owners.items() if count > 1]
         if any(is_fatal for *_, is_fatal in reports):
             raise UnderpaintError(f"The checkpoint of step {step} failed ({'; '.join(problems)}).")
         if problems:
@@ -296,8 +300,8 @@ class CheckpointStore:
             name = file.relative_to(own).as_posix()
             report[name] = {"size": file.stat().st_size, "sha256": file_hash(file)}
             target = path / name
-            if target.exists() or name == MANIFEST:
-                raise FileExistsError(f"two writers have a file '{name}'")
+            if name == MANIFEST:
+                raise FileExistsError(f"a file of a checkpoint cannot be called '{name}'")
             target.parent.mkdir(parents=True, exist_ok=True)
             file.rename(target)
             _sync(target.parent)
