@@ -50,6 +50,17 @@ def test_it_can_be_entered_again_and_deepspeed_is_quiet(capfd):
     assert capfd.readouterr().out == ""
 
 
+def test_a_plain_process_leaves_its_group_after_an_error_on_a_gpu_too(monkeypatch):
+    # NCCL warns of groups that a process ends with; it waits for other ranks only where there are any.
+    ranks = Ranks("cpu")
+    with pytest.raises(KeyboardInterrupt), ranks:
+        deepspeed = ranks._import_deepspeed()
+        monkeypatch.setattr(ranks, "_import_deepspeed", lambda: deepspeed)
+        ranks.device = torch.device("cuda")
+        raise KeyboardInterrupt
+    assert not torch.distributed.is_initialized()
+
+
 def test_torchrun():
     place, add = module._place(
         {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "9"}

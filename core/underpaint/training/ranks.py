@@ -168,7 +168,7 @@ class Ranks:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # After an error on one rank the others may hang in a collective, and NCCL would wait for them here.
-        if dist.is_initialized() and (kind is None or self.device.type == "cpu"):
+        if dist.is_initialized() and (kind is None or self.world_size == 1 or self.device.type == "cpu"):
             self._import_deepspeed().comm.destroy_process_group()
         for name, value in self._before.items():
             if value is None:
