@@ -6,11 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from underpaint_lightningdit.kernels import EPS, fused_available, gated_sum, modulated_norm, rotated_heads, swiglu
 from underpaint_lightningdit.positions import rotate
 
 __all__ = ["Block", "GatedLinear", "ModulatedNorm", "attend"]
-
-_EPS = 1e-6
 
 
 class ModulatedNorm(nn.Module):
@@ -20,11 +19,11 @@ class ModulatedNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
-    def forward(self, x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
-        """Return B×N×C tokens; `scale` and `shift` are B×1×C or B×N×C."""
+    def forward(self, x: Tensor, scale: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return B×N×C tokens, and `x` to add to (see `modulated_norm`); `scale` and `shift` are B×1×C or B×N×C."""
         # The two scales meet before the tokens do: the gradients of both then need one sum over the tokens, not two.
-        normed = F.rms_norm(x, (x.shape[-1],), eps=_EPS) * (self.weight * (1.0 + scale))
-        return normed if shift is None else normed + shift
+        normed, kept = modulated_norm(x, self.weight * (1.0 + scale), shift)
+        return normed, kept
 
 
 class HeadNorm(nn.Module):
@@ -37,7 +36,7 @@ class HeadNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return B×N×heads×channels."""
         # torch's own layer warns of, and is slow with, bf16 activations and fp32 scales, which autocast makes.
-        return F.rms_norm(x, (x.shape[-1],), eps=_EPS) * self.weight
+        return F.rms_norm(x, (x.shape[-1],), eps=EPS) * self.weight
 
 
 class GatedLinear(nn.Module):
@@ -50,8 +49,8 @@ class GatedLinear(nn.Module):
 
     def forward(self, x: Tensor, h: Tensor, gate: Tensor) -> Tensor:
         """Return B×N×outputs, in the type of `x`; `gate` is B×1×outputs or B×N×outputs."""
-        # The bias is gated by itself: its gradient and the gate's then come from the same pass over the tokens.
-        return torch.addcmul(x + (gate * self.bias).to(x.dtype), gate, self.linear(h))
+        result: Tensor = gated_sum(x, self.linear(h), gate, self.bias)
+        return result
 
 
 class Block(nn.Module):
@@ -90,16 +89,30 @@ class Block(nn.Module):
             shift1, scale1, gate1, shift2, scale2, gate2 = vectors.chunk(6, dim=-1)
         else:
             scale1, gate1, scale2, gate2 = vectors.chunk(4, dim=-1)
-        x = self.out(x, self._mix(self.norm1(x, scale1, shift1), rotation), gate1)
-        a, b = self.up(self.norm2(x, scale2, shift2)).chunk(2, dim=-1)
-        result: Tensor = self.down(x, F.silu(a) * b, gate2)
+        normed, x = self.norm1(x, scale1, shift1)
+        x = self.out(x, self._mix(normed, rotation), gate1)
+        normed, x = self.norm2(x, scale2, shift2)
+        result: Tensor = self.down(x, swiglu(*_product(self.up, normed)), gate2)
         return result
 
     def _mix(self, x: Tensor, rotation: Tensor) -> Tensor:
-        b, n, c = x.shape
-        q, k, v = self.qkv(x).view(b, n, 3, self.heads, c // self.heads).unbind(2)
+        if isinstance(self.norm_q, nn.Identity):
+            return attend(*rotated_heads(*_product(self.qkv, x), rotation))
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, self.heads, -1).unbind(2)
         q, k = rotate(self.norm_q(q), rotation), rotate(self.norm_k(k), rotation)
         return attend(q.to(v.dtype), k.to(v.dtype), v)
+
+
+def _product(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return a linear layer's output, and its bias if that one's gradient is left to what follows.
+
+    It is not where the layer is more than it seems: multiplies in 8 bits, has adapters, or has hooks, by which ZeRO 3
+    brings its weights.
+    """
+    hooks = layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks
+    if type(layer) is not nn.Linear or any(hooks) or not fused_available(x):
+        return layer(x), None
+    return F.linear(x, layer.weight, layer.bias.detach()), layer.bias
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

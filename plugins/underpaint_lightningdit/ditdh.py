@@ -142,7 +142,7 @@ class DiTDH(Backbone):
             if index in layers:
                 hidden[index] = h
         shift, scale = self.modulation(each).chunk(2, dim=-1)
-        out = self.head(self.norm(h, scale, shift))
+        out = self.head(self.norm(h, scale, shift)[0])
         return Prediction(image(out, rows, columns, 1).to(x_t.dtype), hidden)
 
     def blocks(self) -> list[nn.Module]:

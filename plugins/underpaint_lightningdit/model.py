@@ -103,7 +103,7 @@ class LightningDiT(Backbone):
             if index in layers:
                 hidden[index] = x
         shift, scale = self.modulation(vector).chunk(2, dim=-1)
-        out = self.head(self.norm(x, scale, shift))
+        out = self.head(self.norm(x, scale, shift)[0])
         return Prediction(image(out, rows, columns, self.patch).to(x_t.dtype), hidden)
 
     def blocks(self) -> list[nn.Module]:

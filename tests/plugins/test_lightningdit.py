@@ -145,9 +145,10 @@ def test_gradients_of_the_rearranged_layers() -> None:
         for p in disturb:
             p.copy_(draw(8))
     x, scale, shift, gate = draw(2, 3, 8), draw(2, 1, 8), draw(2, 1, 8), draw(2, 1, 8)
-    moved = gated(x, norm(x, scale, shift), gate)
-    normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * norm.weight
-    plain = x + gate * F.linear(normed * (1 + scale) + shift, gated.linear.weight, gated.bias)
+    normed, kept = norm(x, scale, shift)
+    moved = gated(kept, normed, gate)
+    unshifted = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * norm.weight
+    plain = x + gate * F.linear(unshifted * (1 + scale) + shift, gated.linear.weight, gated.bias)
     torch.testing.assert_close(moved, plain)
     wanted = (x, scale, shift, gate, norm.weight, gated.linear.weight, gated.bias)
     weight = draw(2, 3, 8).detach()
