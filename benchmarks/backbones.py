@@ -52,11 +52,12 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
+# Names are looked for from the top.
 KERNELS = {
-    "attention": ("attention", "flash", "fmha", "sdpa"),
+    "attention": ("attention", "flash", "fmha", "sdpa", "cudnn"),
+    "fused elementwise": ("triton", "_swiglu_kernel", "_heads_kernel", "_norm_kernel", "_gate_kernel"),
     "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "_mm", "s16816", "cublas"),
-    "AdamW, EMA, clipping, copies of weights": ("multi_tensor", "lerp", "adam", "norm_kernel", "memcpy", "memset"),
-    "fused elementwise": ("triton",),
+    "AdamW, EMA, clipping, copies of weights": ("multi_tensor", "lerp", "adam", "memcpy", "memset"),
 }
 
 
