@@ -37,7 +37,7 @@ from underpaint.config.engine import EngineConfig, OptimizerConfig
 from underpaint.config.tokenizer import TokenizerConfig
 from underpaint.interfaces.loss import StepSizes
 from underpaint.models.build import build_generator_parts, build_tokenizer
-from underpaint.models.fp8 import use_fp8
+from underpaint.models.fp8 import find_fp8, freeze_fp8, train_fp8
 from underpaint.training.compilation import compile_modules
 from underpaint.training.diffusion_stage import DiffusionModule, StepNoise, diffusion_losses
 from underpaint.training.engine import Engine
@@ -150,7 +150,7 @@ def plain_step(
 
 def forward_pass(module: DiffusionModule, shape: Shape, batch: int, device: torch.device) -> Callable[[int], None]:
     """Return the pass that a step of sampling with guidance takes, of `batch` latents in all."""
-    backbone = module.backbone.eval().to(torch.bfloat16)
+    backbone = module.backbone
     x = torch.randn(batch, shape.channels, *shape.grid, device=device, dtype=torch.bfloat16)
     t = torch.rand(1, device=device).expand(batch)
     drop = torch.arange(batch, device=device) >= batch // 2
@@ -301,19 +301,25 @@ class Bench:
             module, loss = build(self.shape, 1, self.device)
             self.flops = count_flops(module, lambda: loss(module, 0))
 
-    def ours(self, batch: int) -> tuple[DiffusionModule, Callable[[Any, int], Tensor]]:
-        """Make our module as it is trained, and its loss."""
+    def ours(self, batch: int, *, train: bool = True) -> tuple[DiffusionModule, Callable[[Any, int], Tensor]]:
+        """Make our module as it is trained, or as it samples, and its loss."""
         module, loss = build(self.shape, batch, self.device)
-        if self.precision == "fp8":
-            x, t = torch.zeros(1, self.shape.channels, *self.shape.grid, device=self.device), torch.zeros(1)
-            label = torch.zeros(1, dtype=torch.long)
-            use_fp8(
-                module.backbone.blocks(),
-                lambda: module.backbone(x, t.to(self.device), module.conditioner(label.to(self.device))),
-            )
+        backbone, blocks = module.backbone, module.backbone.blocks()
+        fitting = find_fp8(blocks, lambda: self.one(module), train=train) if self.precision == "fp8" else set()
+        if train and fitting:
+            train_fp8(blocks, fitting)
+        if not train:
+            backbone.eval().to(torch.bfloat16)
+            freeze_fp8(blocks, fitting)
         if self.arguments.compile:
-            compile_modules(module.backbone.blocks(), differentiated_again=False)
+            compile_modules(blocks, differentiated_again=False)
         return module, loss
+
+    def one(self, module: DiffusionModule) -> None:
+        """Run the backbone on one latent."""
+        x, t = torch.zeros(1, self.shape.channels, *self.shape.grid), torch.zeros(1)
+        label = torch.zeros(1, dtype=torch.long)
+        module.backbone(x.to(self.device), t.to(self.device), module.conditioner(label.to(self.device)))
 
     def alone(self) -> None:
         """Time attention alone."""
@@ -367,7 +373,7 @@ class Bench:
                         "forward",
                         name,
                         batch,
-                        lambda b=batch: forward_pass(self.ours(b)[0], self.shape, b, self.device),
+                        lambda b=batch: forward_pass(self.ours(b, train=False)[0], self.shape, b, self.device),
                     )
 
 

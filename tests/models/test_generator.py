@@ -12,6 +12,7 @@ from tests.models.test_folders import make_generator, make_tokenizer
 from underpaint import Condition, ConfigError, DataError, LatentStatistics
 from underpaint.config.component import ComponentConfig
 from underpaint.config.diffusion import GuidanceConfig
+from underpaint.models import generator as module
 from underpaint.models.folders import save_generator, save_tokenizer
 from underpaint.models.generator import Generator, SamplingSettings
 from underpaint.registration.manager import manager
@@ -214,6 +215,18 @@ def test_what_is_rounded_cannot_be_prepared_otherwise() -> None:
 def test_fp8_needs_a_device_that_has_it() -> None:
     with pytest.raises(ConfigError, match="no matrix products in 8 bits"):
         disturbed(0).prepare(precision="fp8")
+
+
+def test_fp8_samples_are_near_those_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The CPU computes what a GPU's products would give.
+    monkeypatch.setattr(module, "check_fp8", lambda _: None)
+    wanted, generator = disturbed(0), disturbed(0)
+    wanted.grid = generator.grid = (8, 8)
+    generator.prepare(precision="fp8")
+    expected, found = draw(wanted), draw(generator)
+    assert not torch.equal(found, expected)
+    # Four significant bits, through three steps of a small network.
+    assert (found - expected).abs().max() < 0.2 * expected.abs().max()
 
 
 def test_the_protocol_says_what_the_backbone_computed_in() -> None:

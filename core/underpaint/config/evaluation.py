@@ -25,7 +25,8 @@ class EvaluationConfig:
         generation: Metrics of samples.
         sampler: Solver.
         guidance: Guidance.
-        precision: What the backbone computes in when samples are drawn, as in `EngineConfig`.
+        precision: What the backbone computes in when samples are drawn; ``fp8`` is bf16 with the matrix products of its
+            blocks in 8 bits, on GPUs that have them.
         labels: ``balanced`` gives every class equally often, ``random`` draws uniformly.
         seed: Seed of noise and labels.
         show: Images in the report's grids.

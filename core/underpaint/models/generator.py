@@ -19,7 +19,7 @@ from underpaint.errors import ConfigError, DataError
 from underpaint.interfaces.backbone import Backbone
 from underpaint.interfaces.conditioner import Condition, Conditioner
 from underpaint.interfaces.sampler import Sampler, VelocityField
-from underpaint.models.fp8 import use_fp8
+from underpaint.models.fp8 import check_fp8, find_fp8, freeze_fp8
 from underpaint.models.tokenizer import Tokenizer
 from underpaint.registration.manager import manager
 from underpaint.weights import tensor_hash
@@ -103,17 +103,20 @@ class Generator(nn.Module):
             compile: Compile its blocks; the first samples of each batch size then take longer.
 
         Raises:
-            ConfigError: ``fp8`` on a device without it, or without torchao; or it has been prepared already.
+            ConfigError: ``fp8`` on a device without it; or it has been prepared already.
         """
         if self.precision != "fp32" or self._compiled:
             raise ConfigError(
                 f"The generator is prepared already, in {self.precision}; load it again to prepare it otherwise."
             )
         blocks = self.backbone.blocks() or [self.backbone]
+        layers: set[nn.Linear] = set()
         if precision == "fp8":
-            use_fp8(blocks, self._try)
+            check_fp8(next(self.backbone.parameters()).device)
+            layers = find_fp8(blocks, self._try)
         if precision != "fp32":
             self.backbone.to(torch.bfloat16)
+        freeze_fp8(blocks, layers)
         if compile:
             for block in blocks:
                 block.compile(dynamic=False)

@@ -26,7 +26,7 @@ from underpaint.interfaces.encoder import Encoder
 from underpaint.interfaces.loss import StepSizes
 from underpaint.models.build import build_generator_parts
 from underpaint.models.folders import copy_generator, save_generator
-from underpaint.models.fp8 import check_fp8, use_fp8
+from underpaint.models.fp8 import check_fp8, find_fp8, train_fp8
 from underpaint.models.generator import Generator, SamplingSettings
 from underpaint.models.tokenizer import Tokenizer
 from underpaint.registration.manager import manager
@@ -84,7 +84,7 @@ def check_diffusion(recipe: Recipe, tokenizer: Tokenizer, data: RunData, device:
     _check_learning(config, backbone, sizes)
     check_sampling(recipe.evaluation, device, variance=backbone.variance)
     if recipe.engine.precision == "fp8":
-        check_fp8(device)
+        check_fp8(device, train=True)
 
 
 def _check_learning(config: DiffusionConfig, backbone: Backbone, sizes: StepSizes) -> None:
@@ -152,7 +152,9 @@ def run_diffusion_stage(session: Session, tokenizer: Tokenizer, cache: LatentCac
     one = LatentBatch(torch.zeros(1, *shape), _first_input(conditioner.accepts), slice(0, 1), black)
     flops = count_flops(module, lambda: _call(module, one, noise, companion, 0, ranks.device)[0])
     if recipe.engine.precision == "fp8":
-        use_fp8(backbone.blocks() or [backbone], lambda: _call(module, one, noise, companion, 0, ranks.device))
+        units = backbone.blocks() or [backbone]
+        fitting = find_fp8(units, lambda: _call(module, one, noise, companion, 0, ranks.device), train=True)
+        train_fp8(units, fitting)
     samples = session.data.train_indices[cache.positions]
     latents = recipe.latents
     blocks = Blocks(latents.block, latents.window) if latents.read == "sequential" else None
