@@ -26,10 +26,9 @@ import lightningdit_peer
 import torch
 import torch.nn.functional as F
 import yaml
-from record import Record, fast_matrices, timed
+from record import Record, fast_matrices, kernel_times, timed
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity, profile
 
 from underpaint.config.component import ComponentConfig
 from underpaint.config.diffusion import DiffusionConfig
@@ -51,13 +50,6 @@ BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
-}
-# Names are looked for from the top.
-KERNELS = {
-    "attention": ("attention", "flash", "fmha", "sdpa", "cudnn"),
-    "fused elementwise": ("triton", "_swiglu_kernel", "_heads_kernel", "_norm_kernel", "_gate_kernel"),
-    "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "_mm", "s16816", "cublas"),
-    "AdamW, EMA, clipping, copies of weights": ("multi_tensor", "lerp", "adam", "memcpy", "memset"),
 }
 
 
@@ -213,23 +205,6 @@ def attention_alone(choice: str, shape: Shape, config: Any, batch: int, device: 
     return step
 
 
-def kinds_of_kernels(step: Callable[[int], None], device: torch.device) -> dict[str, float]:
-    """Return the milliseconds that a step's kernels take, by kind."""
-    cuda = device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as recorded:
-        for index in range(3):
-            step(index)
-        if cuda:
-            torch.cuda.synchronize()
-    found: dict[str, float] = {}
-    for event in recorded.key_averages():
-        name = event.key.lower()
-        kind = next((kind for kind, parts in KERNELS.items() if any(part in name for part in parts)), "other")
-        spent = event.self_device_time_total if cuda else event.self_cpu_time_total
-        found[kind] = found.get(kind, 0.0) + spent / 3e3
-    return {kind: round(spent, 2) for kind, spent in sorted(found.items(), key=lambda pair: -pair[1])}
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="lightningdit/XL-1")
@@ -280,10 +255,10 @@ class Bench:
             run = make()
             result = timed(run, self.device, self.arguments.steps, self.arguments.warm)
             if self.arguments.profile:
-                kinds.update(kinds_of_kernels(run, self.device))
+                spent.update(kernel_times(run, self.device))
             return result, flops
 
-        kinds: dict[str, float] = {}
+        spent: dict[str, Any] = {}
         row = self.record.measure(measured, variant=variant, what=what, batch=batch)
         if row is not None:
             rate = row["images_per_second"]
@@ -291,8 +266,7 @@ class Bench:
                 self.peer[what] = max(self.peer.get(what, 0.0), rate)
             if what in self.peer:
                 row["ratio_to_peer"] = round(rate / self.peer[what], 3)
-            if kinds:
-                row["kernel_ms"] = kinds
+            row |= spent
         self.record.write()
 
     def count(self) -> None:

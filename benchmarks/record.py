@@ -16,9 +16,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from underpaint.training.flops import peak_flops
 
+# Kinds of kernels by parts of their names, looked for from the top.
+KERNELS = {
+    "changes of layout": ("nchwtonhwc", "nhwctonchw"),
+    "attention": ("attention", "flash", "fmha", "sdpa"),
+    "fused elementwise": (
+        "triton",
+        "_swiglu_kernel",
+        "_heads_kernel",
+        "_norm_kernel",
+        "_gate_kernel",
+        "_round_rows_kernel",
+    ),
+    "convolutions": ("conv", "fprop", "dgrad", "wgrad", "implicit", "cudnn"),
+    "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "_mm", "s16816", "cublas"),
+    "AdamW, EMA, clipping, copies of weights": ("multi_tensor", "lerp", "adam", "memcpy", "memset"),
+}
 LIBRARIES = ("torch", "numpy", "deepspeed", "timm", "underpaint")
 
 
@@ -80,6 +97,30 @@ def timed(run: Callable[[int], Any], device: torch.device, steps: int, warm: int
     if cuda:
         result["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return result
+
+
+def kernel_times(run: Callable[[int], Any], device: torch.device, longest: int = 12) -> dict[str, Any]:
+    """Return ``kernel_ms``, the milliseconds that a step's kernels take by kind, and ``longest_ms`` by name."""
+    cuda = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as recorded:
+        for index in range(3):
+            run(index)
+        if cuda:
+            torch.cuda.synchronize()
+    kinds: dict[str, float] = {}
+    names: dict[str, float] = {}
+    for event in recorded.key_averages():
+        name = event.key.lower()
+        kind = next((kind for kind, parts in KERNELS.items() if any(part in name for part in parts)), "other")
+        spent = (event.self_device_time_total if cuda else event.self_cpu_time_total) / 3e3
+        kinds[kind] = kinds.get(kind, 0.0) + spent
+        names[event.key[:100]] = names.get(event.key[:100], 0.0) + spent
+    return {
+        "kernel_ms": {key: round(value, 2) for key, value in sorted(kinds.items(), key=lambda pair: -pair[1])},
+        "longest_ms": {
+            key: round(value, 2) for key, value in sorted(names.items(), key=lambda pair: -pair[1])[:longest]
+        },
+    }
 
 
 def clear(device: torch.device) -> None:

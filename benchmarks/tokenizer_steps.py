@@ -4,7 +4,7 @@
 
 Each case is a stage of a recipe as it stands, on random images of the recipe's size, with random weights in place of
 published ones, every loss and critic running from the first step, and no views of other sizes. What a part costs is the
-time by which the step gets shorter without it.
+time by which the step gets shorter without it; `--profile` says which kernels a step spends its time on.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import attrs
 import torch
-from record import Record, fast_matrices, timed
+from record import Record, fast_matrices, kernel_times, timed
 
 from underpaint.config.engine import EngineConfig
 from underpaint.config.recipe import plain_recipe, recipe_from_plain
@@ -167,6 +167,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="in each of three groups")
     parser.add_argument("--warm", type=int, default=4)
     parser.add_argument("--whole-only", action="store_true", help="leave out what the parts cost")
+    parser.add_argument("--profile", action="store_true", help="say which kernels a step spends its time on")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
@@ -204,9 +205,13 @@ def measure(
         if arguments.whole_only and label != "whole":
             continue
 
-        def run(variant: StageConfig = variant) -> tuple[dict[str, float], float]:
+        spent: dict[str, Any] = {}
+
+        def run(variant: StageConfig = variant, spent: dict[str, Any] = spent) -> tuple[dict[str, float], float]:
             step, close, flops = make(recipe, variant, batch, ranks, arguments.compile)
             result = timed(step, ranks.device, arguments.steps, arguments.warm)
+            if arguments.profile:
+                spent.update(kernel_times(step, ranks.device))
             close()
             return result, flops
 
@@ -217,6 +222,8 @@ def measure(
             row["share_of_an_encoder_forward"] = round(seconds / whole, 3)
         elif row is not None and whole is not None:
             row["share_of_what_is_left_out"] = round(1.0 - row["median_s"] / whole, 3)
+        if row is not None:
+            row |= spent
         record.write()
 
 

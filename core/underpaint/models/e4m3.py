@@ -92,13 +92,13 @@ if triton is not None:
         columns = triton.next_power_of_2(x.shape[1])
         rows = max(1, _TILE // columns)
         grid = (triton.cdiv(len(x), rows),)
-        _kernel[grid](x, rounded, scale, *x.shape, LARGEST, _SMALLEST_SCALE, rows, columns)
+        _round_rows_kernel[grid](x, rounded, scale, *x.shape, LARGEST, _SMALLEST_SCALE, rows, columns)
         return rounded, scale
 
     round_rows.register_kernel("cuda")(round_rows_by_kernel)
 
     @triton.jit
-    def _kernel(
+    def _round_rows_kernel(
         x, rounded, scale, count, width, largest, smallest_scale, ROWS: tl.constexpr, COLUMNS: tl.constexpr
     ):  # fmt: skip
         rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
