@@ -117,9 +117,9 @@ def test_it_looks_for_who_has_gone_longer_than_it_would_wait(monkeypatch, capsys
     with (
         Others(store, {1: (3, "reads"), 2: (3, "reads")}, (1,)),
         pytest.raises(UnderpaintError, match="lost the connection"),
-        Watchdog(ranks(0, 3, store), "s", 2.0),
+        Watchdog(ranks(0, 3, store), "s", 4.0),
     ):
-        time.sleep(1.7)
+        time.sleep(3.0)
         raise RuntimeError("gloo: closed")
     assert not codes
     assert capsys.readouterr().err == ""
@@ -130,12 +130,12 @@ def test_the_store_goes_with_its_rank():
     with (
         Others(store, dict.fromkeys((0, 1, 3), (3, "saves")), silent=(1,), leaves=(0,)),
         pytest.raises(UnderpaintError, match="saves step 3: rank 1 does not answer. Look"),
-        Watchdog(ranks(2, 4, store), "s", 3.0) as watchdog,
+        Watchdog(ranks(2, 4, store), "s", 6.0) as watchdog,
     ):
         watchdog.at(3, "saves")
-        time.sleep(1.5)
+        time.sleep(2.7)
         store.gone = True
-        time.sleep(1.5)
+        time.sleep(2.1)
         raise RuntimeError("gloo: closed")
 
 
