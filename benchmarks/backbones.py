@@ -28,7 +28,12 @@ import torch.nn.functional as F
 import yaml
 from record import Record, fast_matrices, kernel_times, timed
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import (
+    SDPBackend,
+    activate_flash_attention_impl,
+    restore_flash_attention_impl,
+    sdpa_kernel,
+)
 
 from underpaint.config.component import ComponentConfig
 from underpaint.config.diffusion import DiffusionConfig
@@ -47,6 +52,8 @@ CLASSES, DECAY = 1000, 0.9999
 OPTIMIZER = OptimizerConfig(lr=2e-4, betas=(0.9, 0.95), clip=None)
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
+    "fa3": SDPBackend.FLASH_ATTENTION,
+    "fa4": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
@@ -169,6 +176,20 @@ def padded_attention(channels: int) -> Callable[[Tensor, Tensor, Tensor], Tensor
 
 
 @contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Let torch's attention use this one; ``fa3`` and ``fa4`` are packages that take the place of torch's own."""
+    with sdpa_kernel(BACKENDS[name]):
+        if not name.startswith("fa"):
+            yield
+            return
+        activate_flash_attention_impl(name.upper())
+        try:
+            yield
+        finally:
+            restore_flash_attention_impl()
+
+
+@contextlib.contextmanager
 def attention(choice: str | None) -> Iterator[None]:
     """Choose ``BACKEND`` or ``BACKEND:CHANNELS``; channels are padded in LightningDiT's and DiT^DH's blocks only."""
     if choice is None:
@@ -176,12 +197,12 @@ def attention(choice: str | None) -> Iterator[None]:
         return
     from underpaint_lightningdit import block
 
-    backend, _, channels = choice.partition(":")
+    name, _, channels = choice.partition(":")
     own = block.attend
     if channels:
         block.attend = padded_attention(int(channels))
     try:
-        with sdpa_kernel(BACKENDS[backend]):
+        with backend(name):
             yield
     finally:
         block.attend = own
@@ -303,7 +324,7 @@ class Bench:
         for batch in self.arguments.batch:
             for choice in self.arguments.attention:
                 chosen = choice or "flash"
-                with sdpa_kernel(BACKENDS[chosen.partition(":")[0]]):
+                with backend(chosen.partition(":")[0]):
                     self.row(
                         "attention",
                         chosen,
