@@ -1,7 +1,7 @@
 """Rows of float8 numbers (e4m3) with a scale each, and linear layers that multiply them.
 
-A layer's weights are rounded once. Its inputs are rounded every time by one kernel that reads a row once: compiled
-reductions over rows this long read them twice, which costs more than 8-bit products save.
+A layer's weights are rounded once. Its inputs are rounded every time, by a kernel that reads a row once: compiled
+reductions over rows this long read them twice, which costs most of what 8-bit products save.
 """
 
 # What Triton compiles has no types that mypy knows.
@@ -92,7 +92,9 @@ if triton is not None:
         columns = triton.next_power_of_2(x.shape[1])
         rows = max(1, _TILE // columns)
         grid = (triton.cdiv(len(x), rows),)
-        _round_rows_kernel[grid](x, rounded, scale, *x.shape, LARGEST, _SMALLEST_SCALE, rows, columns)
+        # Triton launches on the device that is current, wherever the tensors are.
+        with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+            _round_rows_kernel[grid](x, rounded, scale, *x.shape, LARGEST, _SMALLEST_SCALE, rows, columns)
         return rounded, scale
 
     round_rows.register_kernel("cuda")(round_rows_by_kernel)
