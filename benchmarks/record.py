@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import platform
 import statistics
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from underpaint.training.flops import peak_flops
@@ -100,27 +103,40 @@ def timed(run: Callable[[int], Any], device: torch.device, steps: int, warm: int
 
 
 def kernel_times(run: Callable[[int], Any], device: torch.device, longest: int = 12) -> dict[str, Any]:
-    """Return ``kernel_ms``, the milliseconds that a step's kernels take by kind, and ``longest_ms`` by name."""
+    """Return ``kernel_ms``, the milliseconds that a step's kernels take by kind, and ``longest_ms`` by name.
+
+    On a GPU also ``idle_ms``, in which none runs, in all and by the kernel that is waited for.
+    """
     cuda = device.type == "cuda"
+    steps = 3
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as recorded:
-        for index in range(3):
+        for index in range(steps):
             run(index)
         if cuda:
             torch.cuda.synchronize()
-    kinds: dict[str, float] = {}
-    names: dict[str, float] = {}
+    kinds: Counter[str] = Counter()
+    names: Counter[str] = Counter()
     for event in recorded.key_averages():
         name = event.key.lower()
         kind = next((kind for kind, parts in KERNELS.items() if any(part in name for part in parts)), "other")
-        spent = (event.self_device_time_total if cuda else event.self_cpu_time_total) / 3e3
-        kinds[kind] = kinds.get(kind, 0.0) + spent
-        names[event.key[:100]] = names.get(event.key[:100], 0.0) + spent
-    return {
-        "kernel_ms": {key: round(value, 2) for key, value in sorted(kinds.items(), key=lambda pair: -pair[1])},
-        "longest_ms": {
-            key: round(value, 2) for key, value in sorted(names.items(), key=lambda pair: -pair[1])[:longest]
-        },
-    }
+        spent = event.self_device_time_total if cuda else event.self_cpu_time_total
+        kinds[kind] += spent
+        names[event.key[:100]] += spent
+
+    def milliseconds(times: Counter[str], most: int | None = None) -> dict[str, float]:
+        return {key: round(value / steps / 1e3, 2) for key, value in times.most_common(most)}
+
+    found: dict[str, Any] = {"kernel_ms": milliseconds(kinds), "longest_ms": milliseconds(names, longest)}
+    if cuda:
+        gaps: Counter[str] = Counter()
+        ranges = [(e.time_range, e.name) for e in recorded.events() if e.device_type == DeviceType.CUDA]
+        end = math.inf
+        for time_range, name in sorted(ranges, key=lambda pair: pair[0].start):
+            if time_range.start > end:
+                gaps[name[:100]] += time_range.start - end
+            end = time_range.end if end == math.inf else max(end, time_range.end)
+        found["idle_ms"] = {"all": round(gaps.total() / steps / 1e3, 2), **milliseconds(gaps, longest)}
+    return found
 
 
 def clear(device: torch.device) -> None:
