@@ -128,3 +128,22 @@ def test_the_gpus_product_takes_what_it_is_given() -> None:
         layer = Fp8Linear(nn.Linear(64, 96, device="cuda"))
         found = layer(torch.empty(2, 50, 64, device="cuda"))
     assert (found.shape, found.dtype, found.device.type) == ((2, 50, 96), torch.bfloat16, "cuda")
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9),
+    reason="It needs a GPU with matrix products in 8 bits.",
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "inputs", "outputs"), [(1, 16, 16), (37, 96, 48), (512, 1152, 3072), (333, 3072, 1152)])
+def test_a_gpu_rounds_and_multiplies_as_the_formula_does(n: int, inputs: int, outputs: int, dtype: torch.dtype) -> None:
+    x = (draw(n, inputs) * torch.logspace(-3, 3, n)[:, None]).to(dtype)
+    layer = Fp8Linear(nn.Linear(inputs, outputs))
+    expected, (rounded, scale) = layer(x), round_rows(x)
+    layer.cuda()
+    found, (fast, fast_scale) = layer(x.cuda()), round_rows(x.cuda())
+    torch.testing.assert_close(fast_scale.cpu(), scale, rtol=1e-6, atol=0.0)
+    # Where a number lies half-way between two, the last bit of its scale decides.
+    assert (fast.cpu().float() == rounded.float()).float().mean() > 0.999
+    size = expected.float().abs().amax(1, keepdim=True)
+    assert float(((found.cpu().float() - expected.float()).abs() / size).max()) < 2e-2
