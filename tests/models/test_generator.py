@@ -204,6 +204,15 @@ def test_a_weaker_model_computes_as_the_generator_does(weak: Path) -> None:
     assert weaker.precision == "bf16"
 
 
+def test_a_weaker_models_hash_is_that_of_its_file(weak: Path) -> None:
+    how, generator = settings(scale=2.0, weak=str(weak)), disturbed(0)
+    before = generator.protocol(how)["guidance"]
+    rounded = disturbed(0)
+    rounded.prepare(precision="bf16")
+    draw(rounded, scale=2.0, weak=str(weak))
+    assert rounded.protocol(how)["guidance"] == before
+
+
 def test_what_is_rounded_cannot_be_prepared_otherwise() -> None:
     generator = disturbed(0)
     generator.prepare()

@@ -86,6 +86,7 @@ class Generator(nn.Module):
         self._compiled = False
         # The weaker model last used, by location. In a dict, so that it is no submodule.
         self._weak: dict[str, Generator] = {}
+        self._weak_hash = ""
         check_guidance(self.settings.guidance, tokenizer.latent_channels)
 
     @property
@@ -185,12 +186,11 @@ class Generator(nn.Module):
         guidance = attrs.asdict(settings.guidance)
         if settings.guidance.weak is not None:
             weak = self._weaker(settings.guidance.weak)
-            parts = torch.nn.ModuleDict({"backbone": weak.backbone, "conditioner": weak.conditioner})
             guidance["weak"] = {
                 "backbone": weak.backbone.spec.name,
                 "path": weak.path,
                 "predicts": weak.predicts,
-                "weights": tensor_hash(parts.state_dict())[:32],
+                "weights": self._weak_hash,
             }
         return {"sampler": dict(_sampler(settings).protocol()), "guidance": guidance, "precision": self.precision}
 
@@ -259,6 +259,9 @@ class Generator(nn.Module):
                     f"{sizes[1]}; name a generator whose backbone has the same companion."
                 )
             self._weak = {location: weak}
+            # Here, since drawing samples rounds its weights to the precision of this one.
+            parts = nn.ModuleDict({"backbone": weak.backbone, "conditioner": weak.conditioner})
+            self._weak_hash = tensor_hash(parts.state_dict())[:32]
         return self._weak[location]
 
     def _check_inputs(self, inputs: Tensor | Sequence[str]) -> None:
