@@ -28,12 +28,7 @@ import torch.nn.functional as F
 import yaml
 from record import Record, fast_matrices, kernel_times, timed
 from torch import Tensor
-from torch.nn.attention import (
-    SDPBackend,
-    activate_flash_attention_impl,
-    restore_flash_attention_impl,
-    sdpa_kernel,
-)
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from underpaint.config.component import ComponentConfig
 from underpaint.config.diffusion import DiffusionConfig
@@ -182,6 +177,9 @@ def backend(name: str) -> Iterator[None]:
         if not name.startswith("fa"):
             yield
             return
+        # Older versions of torch, which time everything else here, have no such switch.
+        from torch.nn.attention import activate_flash_attention_impl, restore_flash_attention_impl
+
         activate_flash_attention_impl(name.upper())
         try:
             yield
