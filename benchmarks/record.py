@@ -35,7 +35,7 @@ KERNELS = {
         "_gate_kernel",
         "_round_rows_kernel",
     ),
-    "convolutions": ("conv", "fprop", "dgrad", "wgrad", "implicit", "cudnn"),
+    "convolutions": ("convolution", "convolve", "conv2d", "fprop", "dgrad", "wgrad", "implicit", "cudnn"),
     "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "_mm", "s16816", "cublas"),
     "AdamW, EMA, clipping, copies of weights": ("multi_tensor", "lerp", "adam", "memcpy", "memset"),
 }

@@ -28,7 +28,7 @@ _TILE = 4096
 
 
 class Fp8Linear(nn.Module):
-    """A linear layer with frozen weights that multiplies in 8 bits; without such products in hardware, as if.
+    """A linear layer with frozen weights that multiplies in 8 bits; on a CPU, it computes what such products give.
 
     Rows of the inputs, and of the weights, which make one output each, are rounded with scales of their own. So what
     becomes of a row does not depend on the others of a batch.

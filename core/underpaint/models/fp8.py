@@ -37,8 +37,9 @@ def find_fp8(modules: Iterable[nn.Module], run: Callable[[], object], *, train: 
     fitting = {
         layer
         for layer, rows in _rows(layers, run).items()
-        if rows > 1
-        and not any(size % _MULTIPLE for size in (layer.in_features, layer.out_features, *([rows] if train else [])))
+        if layer.in_features % _MULTIPLE == 0
+        and layer.out_features % _MULTIPLE == 0
+        and (rows % _MULTIPLE == 0 if train else rows > 1)
     }
     if not fitting:
         sizes = "channels and tokens" if train else "channels"
