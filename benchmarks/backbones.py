@@ -230,7 +230,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("-o", "--option", action="append", default=[], metavar="KEY=VALUE", help="of the backbone")
     parser.add_argument("--channels", type=int, default=32, help="of the latent")
     parser.add_argument("--grid", type=int, nargs=2, default=(16, 16), help="of the latent")
-    parser.add_argument("--batch", type=int, nargs="+", default=[128])
+    parser.add_argument("--batch", type=int, nargs="*", default=[128], help="of training steps")
     parser.add_argument("--forward", type=int, nargs="*", default=[], metavar="BATCH", help="also time forward passes")
     parser.add_argument("--steps", type=int, default=20, help="in each of three groups")
     parser.add_argument("--warm", type=int, default=8)

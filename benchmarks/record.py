@@ -26,7 +26,8 @@ from underpaint.training.flops import peak_flops
 # Kinds of kernels by parts of their names, looked for from the top.
 KERNELS = {
     "changes of layout": ("nchwtonhwc", "nhwctonchw"),
-    "attention": ("attention", "flash", "fmha", "sdpa"),
+    # The last two are cuDNN's, around its backward kernel.
+    "attention": ("attention", "flash", "fmha", "sdpa", "dot_do_o", "convert_dq"),
     "fused elementwise": (
         "triton",
         "_swiglu_kernel",

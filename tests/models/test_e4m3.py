@@ -138,12 +138,18 @@ def test_the_gpus_product_takes_what_it_is_given() -> None:
 @pytest.mark.parametrize(("n", "inputs", "outputs"), [(1, 16, 16), (37, 96, 48), (512, 1152, 3072), (333, 3072, 1152)])
 def test_a_gpu_rounds_and_multiplies_as_the_formula_does(n: int, inputs: int, outputs: int, dtype: torch.dtype) -> None:
     x = (draw(n, inputs) * torch.logspace(-3, 3, n)[:, None]).to(dtype)
-    layer = Fp8Linear(nn.Linear(inputs, outputs))
+    linear = nn.Linear(inputs, outputs)
+    layer = Fp8Linear(linear)
     expected, (rounded, scale) = layer(x), round_rows(x)
     layer.cuda()
     found, (fast, fast_scale) = layer(x.cuda()), round_rows(x.cuda())
     torch.testing.assert_close(fast_scale.cpu(), scale, rtol=1e-6, atol=0.0)
     # Where a number lies half-way between two, the last bit of its scale decides.
     assert (fast.cpu().float() == rounded.float()).float().mean() > 0.999
-    size = expected.float().abs().amax(1, keepdim=True)
-    assert float(((found.cpu().float() - expected.float()).abs() / size).max()) < 2e-2
+    # Hopper's sums keep about 14 bits: at 4096 inputs single results are up to 2 % off (DeepSeek-V3, section 3.3.2).
+    # That must stay below what rounding the inputs costs.
+    with torch.no_grad():
+        exact = nn.functional.linear(x.double(), linear.weight.double(), linear.bias.double())
+    size = exact.square().mean(1, keepdim=True).sqrt()
+    off, expected_off = (((y.cpu().double() - exact) / size).square().mean().sqrt() for y in (found, expected))
+    assert off < 1.25 * expected_off
