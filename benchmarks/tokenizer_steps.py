@@ -27,7 +27,7 @@ from underpaint.models.build import build_tokenizer
 from underpaint.models.tokenizer import Tokenizer
 from underpaint.registration.manager import manager
 from underpaint.run.recipes import load_recipe
-from underpaint.training.compilation import compile_modules, units_around
+from underpaint.training.compilation import compile_modules, units_of
 from underpaint.training.critics import CriticTrainer
 from underpaint.training.engine import Engine
 from underpaint.training.flops import count_flops
@@ -111,7 +111,7 @@ def make(
     if compiled:
         apart = module.decoder.last_layer() if "decoder" in losses.adaptive else None
         compile_modules(
-            [module.encoder, *units_around(module.decoder, apart)], differentiated_again=bool(losses.adaptive)
+            [*units_of(module.encoder), *units_of(module.decoder, apart)], differentiated_again=bool(losses.adaptive)
         )
     config = EngineConfig(precision="bf16", compile=compiled)
     critics = [

@@ -1,4 +1,4 @@
-"""What of a decoder is compiled beside an adaptive weight."""
+"""What of an encoder and of a decoder is compiled, and how often."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from itertools import combinations
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 import underpaint
-from underpaint.training.compilation import units_around
+from underpaint.training.compilation import units_of
 
 DECODERS = {
     "ldm/decoder": {"base": 16},
@@ -23,7 +24,7 @@ def test_units_are_apart_from_the_last_layer_and_from_each_other(name: str) -> N
     decoder = underpaint.create("decoder", name, latent_channels=4, stride=16, **DECODERS[name])
     layer = decoder.last_layer()
     assert layer is not None
-    units = units_around(decoder, layer)
+    units = units_of(decoder, layer)
     held = [{id(p) for p in unit.parameters()} for unit in units]
     assert all(id(layer) not in own for own in held)
     assert all(not (a & b) for a, b in combinations(held, 2))
@@ -34,12 +35,46 @@ def test_units_are_apart_from_the_last_layer_and_from_each_other(name: str) -> N
 def test_units_are_called_as_modules_so_that_their_compilation_has_an_effect() -> None:
     decoder = underpaint.create("decoder", "ldm/decoder", latent_channels=4, stride=4, base=16)
     called: set[int] = set()
-    for unit in units_around(decoder, decoder.last_layer()):
+    for unit in units_of(decoder, decoder.last_layer()):
         unit.register_forward_hook(lambda module, _, __: called.add(id(module)))
     decoder(torch.zeros(1, 4, 4, 4))
-    assert called == {id(unit) for unit in units_around(decoder, decoder.last_layer())}
+    assert called == {id(unit) for unit in units_of(decoder, decoder.last_layer())}
 
 
-def test_a_part_without_a_layer_to_spare_is_one_unit() -> None:
+def test_a_part_without_blocks_that_are_alike_is_one_unit() -> None:
     part = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    assert units_around(part, None) == [part]
+    assert units_of(part) == [part]
+    decoder = underpaint.create("decoder", "ldm/decoder", latent_channels=4, stride=4, base=16)
+    assert units_of(decoder) == [decoder]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo looks
+def test_one_graph_serves_all_blocks_that_are_alike() -> None:
+    decoder = underpaint.create(
+        "decoder", "rae/vit-b", latent_channels=4, stride=16, width=32, depth=5, heads=2, hidden=64
+    )
+    units = units_of(decoder)
+    assert len(units) == 5
+    made = CompileCounter()
+    for unit in units:
+        unit.compile(backend=made, dynamic=False)
+    latents = torch.zeros(1, 4, 2, 2)
+    expected = decoder(latents).image
+    assert made.frame_count == 1
+    torch.testing.assert_close(decoder(latents).image, expected, rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "alike"),
+    [
+        ([nn.Sequential(nn.Linear(2, 2)) for _ in range(3)], True),
+        ([nn.Sequential(nn.Linear(2, 2)) for _ in range(2)], False),
+        ([nn.Sequential(nn.Linear(2, n)) for n in (2, 2, 3)], False),
+        ([nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2)), nn.ModuleList([nn.Linear(2, 2)])], False),
+        ([nn.Linear(2, 2) for _ in range(3)], False),
+    ],
+    ids=["alike", "two", "of other shapes", "of other classes", "one operation each"],
+)
+def test_which_blocks_are_units_of_their_own(blocks: list[nn.Module], alike: bool) -> None:
+    part = nn.Sequential(nn.Linear(2, 2), nn.Sequential(*blocks))
+    assert units_of(part) == (blocks if alike else [part])

@@ -22,7 +22,7 @@ from underpaint.run.data import RunData
 from underpaint.run.joint_stage import Partner
 from underpaint.run.session import Session
 from underpaint.run.training import StagePlan, train_stage
-from underpaint.training.compilation import units_around
+from underpaint.training.compilation import units_of
 from underpaint.training.critics import carry_critic
 from underpaint.training.engine import Engine
 from underpaint.training.flops import count_flops
@@ -95,7 +95,7 @@ def run_tokenizer_stage(session: Session, index: int, tokenizer: Tokenizer) -> L
     keep = None if stage.guard is None else learner.add_guard(stage.guard, ranks.average)
 
     apart = learner.decoder.last_layer() if "decoder" in losses.adaptive else None
-    units = [learner.encoder, *units_around(learner.decoder, apart), *(partner.blocks if partner else ())]
+    units = [*units_of(learner.encoder), *units_of(learner.decoder, apart), *(partner.blocks if partner else ())]
 
     def batches(start: int, micro_batches: int) -> Iterator[Batch]:
         for batch in data.train_batches(stage.batch, seed=seed, start=start, accumulation=micro_batches, ranks=ranks):

@@ -7,10 +7,13 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
-__all__ = ["compile_modules", "units_around"]
+__all__ = ["compile_modules", "units_of"]
 
 # Of one function, by the shapes and modes that it meets: the blocks of a decoder share it at every resolution.
 _VARIANTS = 64
+
+# Blocks in a row from which on they are compiled one by one.
+_ALIKE = 3
 
 
 def compile_modules(modules: Iterable[nn.Module], *, differentiated_again: bool) -> None:
@@ -30,19 +33,36 @@ def compile_modules(modules: Iterable[nn.Module], *, differentiated_again: bool)
         module.compile(dynamic=False)
 
 
-def units_around(part: nn.Module, layer: nn.Parameter | None) -> list[nn.Module]:
-    """Return what of a part to compile so that the way from its output back to `layer` stays short.
+def units_of(part: nn.Module, apart: nn.Parameter | None = None) -> list[nn.Module]:
+    """Return what of a part to compile.
 
-    A compiled graph goes backward as a whole. With the layer inside of one, a gradient at the layer would cost that of
-    the part. So this returns the largest submodules that do not hold the layer and are more than one operation; the
-    part itself where there is no layer to spare.
+    Blocks that are alike are units of their own: one graph serves them all, where a graph of the whole part takes as
+    many times longer to make as there are blocks. The rest is in the largest submodules that are more than one
+    operation.
+
+    Args:
+        part: Such as an encoder or a decoder.
+        apart: A parameter that no unit may hold. A compiled graph goes backward as a whole: a gradient at a parameter
+            inside of it, as adaptive weights take one of the last layer, would cost that of the whole unit.
     """
-    return [part] if layer is None else list(_apart(part, layer))
+    return list(_units(part, apart)) or [part]
 
 
-def _apart(module: nn.Module, layer: nn.Parameter) -> Iterator[nn.Module]:
-    for child in module.children():
-        if isinstance(child, nn.ModuleList | nn.ModuleDict) or any(p is layer for p in child.parameters()):
-            yield from _apart(child, layer)
-        elif next(child.children(), None) is not None:
-            yield child
+def _units(module: nn.Module, apart: nn.Parameter | None) -> Iterator[nn.Module]:
+    holds = any(p is apart for p in module.parameters())
+    if _blocks(module) and not holds:
+        yield from module.children()
+    # Lists are not called.
+    elif holds or isinstance(module, nn.ModuleList | nn.ModuleDict) or any(map(_blocks, module.modules())):
+        for child in module.children():
+            yield from _units(child, apart)
+    elif next(module.children(), None) is not None:
+        yield module
+
+
+def _blocks(module: nn.Module) -> bool:
+    """Tell whether a module is a row of blocks of one class and shape, each of more than one operation."""
+    if not isinstance(module, nn.ModuleList | nn.Sequential) or len(module) < _ALIKE:
+        return False
+    kinds = {(type(child), *(p.shape for p in child.parameters())) for child in module}
+    return len(kinds) == 1 and next(module[0].children(), None) is not None
