@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from underpaint import ConfigError, Reconstruction
 from underpaint import Decoder as DecoderInterface
 from underpaint_vfmvae.config import DecoderConfig
-from underpaint_vfmvae.layers import ConvNeXt, Mapping, SelfAttention, ToRgb, Upsample, group_norm
+from underpaint_vfmvae.layers import ConvNeXt, Mapping, SelfAttention, ToRgb, Upsample, group_norm, repeat_border
 from underpaint_vfmvae.projection import AttentionProjection
 
 __all__ = ["Decoder"]
@@ -70,9 +70,7 @@ class Decoder(DecoderInterface):
         tokens = self.expand(z.flatten(2).transpose(1, 2))
         w = self.mapping(tokens.mean(dim=1))
         u = tokens.transpose(1, 2).reshape(len(tokens), -1, rows, columns)
-        missing = (0, -columns % _COARSEST, 0, -rows % _COARSEST)
-        if any(missing):
-            u = F.pad(u, missing, mode="replicate")
+        u = repeat_border(repeat_border(u, 2, 0, -rows % _COARSEST), 3, 0, -columns % _COARSEST)
         x: Tensor | None = None
         total: Tensor | None = None
         images = []

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from underpaint_vfmvae.config import groups
 
-__all__ = ["ConvNeXt", "EqualLinear", "Mapping", "SelfAttention", "ToRgb", "Upsample", "group_norm"]
+__all__ = ["ConvNeXt", "EqualLinear", "Mapping", "SelfAttention", "ToRgb", "Upsample", "group_norm", "repeat_border"]
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -216,8 +216,23 @@ class Upsample(nn.Module):
             x = self.norm(x)
         side = self.kernel.shape[0]
         channels = x.shape[1]
-        padded = F.pad(x, (side // 2,) * 4, mode="replicate")
-        return F.conv2d(padded, self.kernel.expand(channels, 1, side, side), groups=channels)
+        x = repeat_border(repeat_border(x, 2, side // 2, side // 2), 3, side // 2, side // 2)
+        return F.conv2d(x, self.kernel.expand(channels, 1, side, side), groups=channels)
+
+
+def repeat_border(x: Tensor, dim: int, before: int, after: int) -> Tensor:
+    """Repeat the first row (dimension 2) or column (3) `before` times and the last `after`, as `F.pad` can.
+
+    The gradient of `F.pad` is summed in no fixed order on a GPU, and compiled for a CPU it has other strides than torch
+    2.14 takes it to have.
+    """
+
+    def repeat(index: int, count: int) -> Tensor:
+        size = [-1] * x.dim()
+        size[dim] = count
+        return x.narrow(dim, index, 1).expand(size)
+
+    return torch.cat((repeat(0, before), x, repeat(x.shape[dim] - 1, after)), dim)
 
 
 class ToRgb(nn.Module):

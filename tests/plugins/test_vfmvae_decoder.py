@@ -311,6 +311,23 @@ def test_upsampling(blur: int, row: list[int], last: bool) -> None:
     np.testing.assert_allclose(unit(x).detach().numpy(), expected, rtol=1e-9, atol=1e-11)
 
 
+def test_upsampling_has_the_gradient_of_a_repeated_border(monkeypatch: pytest.MonkeyPatch) -> None:
+    unit = layers.Upsample(8, 4, blur=5).double()
+    x = torch.randn(2, 8, 3, 4, dtype=torch.float64, requires_grad=True)
+
+    def gradient() -> torch.Tensor:
+        (found,) = torch.autograd.grad(unit(x).square().sum(), x)
+        return found
+
+    own = gradient()
+    monkeypatch.setattr(
+        layers,
+        "repeat_border",
+        lambda y, dim, *by: F.pad(y, (0, 0, *by) if dim == 2 else (*by, 0, 0), mode="replicate"),
+    )
+    torch.testing.assert_close(own, gradient(), rtol=1e-12, atol=1e-12)
+
+
 def test_noise_maps_are_made_for_256_px_and_resized_between_pixel_centres() -> None:
     decoder = make(4, 16, noise="fixed")
     sides = [block.layers[0].noise.map.shape[0] for block in decoder.get_submodule("blocks").children()]
