@@ -1,4 +1,7 @@
-"""``underpaint evaluate`` measures a generator as it would sample by itself, unless it is told otherwise."""
+"""``underpaint evaluate`` measures a generator as it would sample by itself, unless it is told otherwise.
+
+Nothing that it is told stays without effect.
+"""
 
 from __future__ import annotations
 
@@ -83,3 +86,40 @@ def test_metrics_that_cannot_be_used_are_refused(model: Path, images: Path, metr
     result = call(model, images, "--metric", metric)
     assert result.exit_code == 1
     assert message in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--precision", "fp32"], "--precision"),
+        (["--steps", "3", "--guidance", "2"], "--steps, --guidance"),
+        (["--seed", "0"], "--seed"),
+        (["--compile"], "--compile"),
+    ],
+)
+def test_options_for_samples_need_a_distance(model: Path, images: Path, options: list[str], named: str) -> None:
+    result = call(model, images, *options)
+    assert result.exit_code == 1
+    assert f"which {named} would change; add one, such as --metric '{{name: frechet" in str(result.exception)
+
+
+def test_a_tokenizer_draws_no_samples(model: Path, images: Path) -> None:
+    result = call(model / "tokenizer", images, "--metric", FRECHET, "--steps", "3")
+    assert result.exit_code == 1
+    assert "holds a tokenizer, which draws no samples; leave out --metric, --steps." in str(result.exception)
+    plain = call(model / "tokenizer", images)
+    assert plain.exit_code == 0
+    assert plain.stderr == ""
+
+
+def test_that_samples_are_not_measured_is_said(model: Path, images: Path) -> None:
+    result = call(model, images)
+    assert result.exit_code == 0
+    assert {number["name"] for number in json.loads(result.stdout)} == {"psnr", "ssim"}
+    assert "samples are not measured" in result.stderr
+
+
+def test_the_cpu_is_refused_for_products_in_8_bits_before_anything_is_measured(model: Path, images: Path) -> None:
+    result = call(model, images, "--metric", FRECHET, "--precision", "fp8")
+    assert result.exit_code == 1
+    assert "no matrix products in 8 bits; use bf16" in str(result.exception)

@@ -210,3 +210,25 @@ def test_a_variance_that_is_not_finite_is_found(made: Path, tmp_path: Path) -> N
     code, _, err = check(made, tmp_path / "cache")
     assert code == 1
     assert "the first is that of image 1;" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--dtype", "float32"], "dtype"),
+        (["--store", "sample"], "store"),
+        (["--size", "64"], "height"),
+    ],
+)
+def test_a_cache_is_held_against_what_is_asked_for(made: Path, cache: Path, options: list[str], named: str) -> None:
+    assert check(made, cache, "--flip", "--dtype", "bfloat16", "--store", "mode", "--size", 32)[0] == 0
+    code, _, err = check(made, cache, *options)
+    assert code == 1
+    assert named in err
+
+
+def test_what_only_encoding_takes_is_refused(made: Path, cache: Path) -> None:
+    code, _, err = check(made, cache, "--rebuild", "--shard", 5)
+    assert code == 2
+    assert "--check encodes nothing; leave out --shard, --rebuild." in err
+    assert LatentCache(cache).fingerprint == LatentCache(made / "cache").fingerprint

@@ -223,6 +223,10 @@ def test_prompts_are_needed(run: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["sample", str(run), "--out", str(tmp_path)])
     assert result.exit_code == 1
     assert "takes captions; give at least one with --text" in str(result.exception)
+    labels = ["--text", "goldfish", "--labels", "3"]
+    result = CliRunner().invoke(main, ["sample", str(run), "--out", str(tmp_path), *labels])
+    assert result.exit_code == 1
+    assert "takes captions, not class labels; leave out --labels" in str(result.exception)
 
 
 def test_the_generator_is_evaluated_by_the_command(run: Path, photographs: Path, held_out: HeldOut) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import click
 import yaml
+from click.core import ParameterSource
 
 from underpaint.cli.output import print_json, print_table
 from underpaint.config.component import ComponentConfig
@@ -54,6 +55,13 @@ _batch = click.option("--batch", type=click.IntRange(1), default=32, show_defaul
 
 _SHOWN = 64
 """Samples in the grid."""
+
+
+def _given(*names: str) -> dict[str, str]:
+    """Return those of the parameters that the command line sets, with the options that set them."""
+    context = click.get_current_context()
+    options = {parameter.name: parameter.opts[0] for parameter in context.command.params}
+    return {name: options[name] for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
 
 
 def _pick(device: str) -> torch.device:
@@ -141,10 +149,16 @@ def encode(
     from underpaint.run.data import build_cache
     from underpaint.training.ranks import Ranks
 
+    if check and (written := _given("shard", "batch", "rebuild")):
+        raise ConfigError(f"--check encodes nothing; leave out {', '.join(written.values())}.")
     tokenizer = _load_tokenizer(model)
     images = None if data is None else _open(data, tokenizer, size, workers)
     if check:
-        cache = _checked(out, tokenizer, images, as_json)
+        asked = {"flip": flip, "dtype": dtype, "store": store}
+        wanted = {name: asked[name] for name in _given(*asked)}
+        if size is not None:
+            wanted |= {"height": size, "width": size}
+        cache = _checked(out, tokenizer, images, wanted, as_json)
     elif images is None:
         raise ConfigError("There is nothing to encode; give the images with --data.")
     else:
@@ -171,12 +185,14 @@ def encode(
         click.echo(f"{len(cache)} latents of {shape} in '{out}', hash {cache.fingerprint[:16]}{sound}")
 
 
-def _checked(out: Path, tokenizer: Tokenizer, images: RunData | None, as_json: bool) -> LatentCache:
-    """Check a cache, which must be of this tokenizer and of these images if there are any; exit with 1 if it is not."""
+def _checked(
+    out: Path, tokenizer: Tokenizer, images: RunData | None, wanted: dict[str, Any], as_json: bool
+) -> LatentCache:
+    """Check a cache; exit with 1 if it is not of this tokenizer, of these images if there are any, and as `wanted`."""
     from underpaint.data.latent_check import check_cache
     from underpaint.data.latents import LatentCache
 
-    wanted: dict[str, Any] = {"tokenizer": tokenizer.fingerprint()}
+    wanted = {**wanted, "tokenizer": tokenizer.fingerprint()}
     if images is not None:
         height, width = images.config.height, images.config.width
         count = len(images.train_indices)
@@ -312,6 +328,8 @@ def _sample_inputs(generator: Generator, labels: str | None, text: tuple[str, ..
     if generator.conditioner.accepts == "text":
         if not text:
             raise ConfigError("This generator takes captions; give at least one with --text.")
+        if labels is not None:
+            raise ConfigError("This generator takes captions, not class labels; leave out --labels.")
         return [text[i % len(text)] for i in range(count)]
     if text:
         raise ConfigError("This generator takes class labels, not captions; use --labels.")
@@ -383,26 +401,48 @@ def evaluate(
             f"'{model}' holds a diffusion model without its tokenizer; import it again with --tokenizer, and evaluate "
             "that."
         )
+    generator = found if isinstance(found, Generator) else None
+    _check_sampled(model, generator is not None)
+    if generator is not None:
+        generator.prepare(precision=precision, compile=compiled)
     tokenizer = found.tokenizer if isinstance(found, Generator) else found
     images = _open(data, tokenizer, size, workers)
     numbers, _ = _reconstruction(tokenizer, images, count, batch, 1)
-    if isinstance(found, Generator) and metric:
-        settings = _settings(found, steps, guidance)
+    if generator is not None and metric:
+        settings = _settings(generator, steps, guidance)
         config = EvaluationConfig(
             images=count, batch=batch, sampler=settings.sampler, guidance=settings.guidance, seed=seed
         )
-        found.prepare(precision=precision, compile=compiled)
         references = images.validation_pass(count, batch)
         facts = {"data": images.validation.spec.name, "data_hash": images.fingerprint("validation")}
-        if found.conditioner.accepts == "text":
+        if generator.conditioner.accepts == "text":
             count = min(count, len(images.validation_indices))  # a sample for each caption
-        more, _ = measure_generation(found, references, metrics, config, count=count, facts=facts)
+        more, _ = measure_generation(generator, references, metrics, config, count=count, facts=facts)
         numbers += more
     if save is not None:
         write_numbers(save, numbers)
     _show(numbers, as_json)
     if compare is not None:
         _compare(numbers, read_numbers(compare), force)
+
+
+def _check_sampled(model: str, generates: bool) -> None:
+    """Refuse options for samples where none are measured; say so where a generator's are not.
+
+    Raises:
+        ConfigError: There are such options.
+    """
+    given = _given("metric", "steps", "guidance", "seed", "precision", "compiled")
+    options = ", ".join(given.values())
+    if options and not generates:
+        raise ConfigError(f"'{model}' holds a tokenizer, which draws no samples; leave out {options}.")
+    if options and "metric" not in given:
+        raise ConfigError(
+            f"No distance between samples and images was asked for, which {options} would change; add one, such as "
+            "--metric '{name: frechet, encoder: tiny/vit}'."
+        )
+    if generates and not options:
+        click.echo("The generator's samples are not measured without a --metric.", err=True)
 
 
 def _parsed(text: str) -> Any:
