@@ -45,7 +45,8 @@ def units_of(part: nn.Module, apart: nn.Parameter | None = None) -> list[nn.Modu
         apart: A parameter that no unit may hold. A compiled graph goes backward as a whole: a gradient at a parameter
             inside of it, as adaptive weights take one of the last layer, would cost that of the whole unit.
     """
-    return list(_units(part, apart)) or [part]
+    units = list(_units(part, apart))
+    return units if units or apart is not None else [part]
 
 
 def _units(module: nn.Module, apart: nn.Parameter | None) -> Iterator[nn.Module]:
