@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from tests.models.test_folders import make_generator
 
+from underpaint.cli import models
 from underpaint.cli.models import evaluate
 from underpaint.config.component import ComponentConfig
 from underpaint.config.diffusion import GuidanceConfig
@@ -119,7 +120,10 @@ def test_that_samples_are_not_measured_is_said(model: Path, images: Path) -> Non
     assert "samples are not measured" in result.stderr
 
 
-def test_the_cpu_is_refused_for_products_in_8_bits_before_anything_is_measured(model: Path, images: Path) -> None:
+def test_the_cpu_is_refused_for_products_in_8_bits_before_anything_is_measured(
+    model: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "_reconstruction", lambda *_: pytest.fail("It measured before it looked."))
     result = call(model, images, "--metric", FRECHET, "--precision", "fp8")
     assert result.exit_code == 1
     assert "no matrix products in 8 bits; use bf16" in str(result.exception)
