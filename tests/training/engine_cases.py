@@ -117,7 +117,7 @@ def reference(
 
 def make_engine(ranks: Ranks, *, ema: float | None = EMA, module: nn.Module | None = None, **config: object) -> Engine:
     net = Net() if module is None else module
-    settings = EngineConfig(device="cpu", **config)
+    settings = EngineConfig(**{"device": "cpu", **config})
     return Engine(
         net,
         parts={"body": net.body, "head": net.head},

@@ -19,19 +19,22 @@ class Ema:
 
     Args:
         masters: The fp32 shards that the optimizer of this rank updates, in place.
+
+    Attributes:
+        shards: The average of each.
     """
 
     def __init__(self, masters: Sequence[Tensor]) -> None:
         self._masters = [master.detach() for master in masters]
-        self._shards = [master.clone() for master in self._masters]
+        self.shards = [master.clone() for master in self._masters]
 
     def reset(self) -> None:
         """Start again from the weights as they are."""
-        torch._foreach_copy_(self._shards, self._masters)
+        torch._foreach_copy_(self.shards, self._masters)
 
     def update(self, decay: float) -> None:
         """Take in the weights of one applied step: ema ← decay·ema + (1 − decay)·weights."""
-        torch._foreach_lerp_(self._shards, self._masters, 1.0 - decay)
+        torch._foreach_lerp_(self.shards, self._masters, 1.0 - decay)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
@@ -48,7 +51,7 @@ class Ema:
 
     def _swap(self) -> None:
         # One shard at a time, so that the copy in between is as large as the largest shard and no larger.
-        for shard, master in zip(self._shards, self._masters, strict=True):
+        for shard, master in zip(self.shards, self._masters, strict=True):
             kept = master.clone()
             master.copy_(shard)
             shard.copy_(kept)

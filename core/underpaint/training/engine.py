@@ -160,7 +160,8 @@ class Engine:
                 for param in self.module.parameters():
                     if not param.requires_grad:
                         param.data = param.data.to(self._dtype)
-            replicated = ReplicatedMasters(groups, self._dtype)
+            summed = config.accumulation > 1 or self.ranks.world_size > 1
+            replicated = ReplicatedMasters(groups, self._dtype, summed=summed)
             targets = [[shard] for shard in replicated.shards]
         else:
             targets = [list(group.params) for group in groups]
@@ -277,19 +278,22 @@ class Engine:
             return StepResult(math.nan, rates, skipped=False, applied=False)
         for group in self._adam.param_groups:
             group["lr"] = rates[group["name"]]
-        # At most one wait for the device per step is ours, in `prepare`. Under ZeRO 1–3 DeepSpeed has read the norm,
-        # reduced over the ranks, to decide the same; its answer is on the host already.
+        # At most one wait for the device per step is ours, in the step of replicated masters. Under ZeRO 1–3 DeepSpeed
+        # has read the norm, reduced over the ranks, to decide the same; its answer is on the host already.
+        decay = ema_decay(*self._ema_decay, self.train_state + 1)
         norm: Tensor | float
         if isinstance(self._masters, ReplicatedMasters):
-            norm = self._masters.prepare(self._optimizer_config.clip)
+            norm = self._masters.step(
+                self.train_state + 1, clip=self._optimizer_config.clip, ema=self._ema, decay=decay
+            )
             self._deepspeed.step()
             applied = math.isfinite(norm)
-            if applied:
-                self._masters.publish()
         else:
             self._deepspeed.step()
             applied = bool(self._deepspeed.was_step_applied())
             norm = self._deepspeed.get_global_grad_norm()
+            if applied and self._ema is not None:
+                self._ema.update(decay)
         kept, self._kept = self._kept, None
         # The device is asked only for the reason of a step that it has not taken.
         dropped = None if kept is None else not applied and not bool(kept.item())
@@ -298,8 +302,6 @@ class Engine:
             return StepResult(norm, rates, skipped=True, applied=False, dropped=dropped)
         self._bad = 0
         self.train_state += 1
-        if self._ema is not None:
-            self._ema.update(ema_decay(*self._ema_decay, self.train_state))
         return StepResult(norm, rates, skipped=False, applied=True, dropped=dropped)
 
     def _blamed(self, terms: Mapping[str, Tensor]) -> str:

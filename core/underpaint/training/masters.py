@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -13,10 +14,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from underpaint.config.engine import OptimizerConfig
+from underpaint.training.ema import Ema
+from underpaint.training.one_pass import one_pass_available, update_in_one_pass
 
 __all__ = ["MOMENTS", "Group", "Masters", "ReplicatedMasters", "ShardedMasters"]
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+# Numbers by which the places of parameters in a flat tensor begin: 128 bytes of bf16, which matrix products like.
+_ALIGNED = 64
 
 
 @attrs.frozen(eq=False)
@@ -58,6 +64,10 @@ class Masters(ABC):
         """Make the module compute with the master weights. Every rank calls it."""
 
 
+def _aligned(count: int) -> int:
+    return -(-count // _ALIGNED) * _ALIGNED
+
+
 def make_moments(optimizer: torch.optim.Optimizer, shards: Sequence[Tensor]) -> None:
     """Create AdamW's state as its first step would, so that it can be read and set before any step."""
     for shard in shards:
@@ -72,42 +82,48 @@ class ReplicatedMasters(Masters):
     """ZeRO 0: every rank has everything.
 
     DeepSpeed's stage 0 has no bf16 with fp32 gradients, and its functions for full tensors return None there.
-    So the weights, and the gradients of one optimizer step, live in one flat fp32 tensor each per group: gradients
+    So the weights, and the gradients of one optimizer step, live in one flat tensor each per group: gradients
     accumulate in fp32 whatever the weights' type, and reduction, norm, clipping, AdamW and EMA are a few large
     kernels instead of one per parameter.
 
     Args:
-        groups: What trains. The parameters must be fp32 and on the device; with `dtype` fp32 they become views of
-            the flat tensor.
+        groups: What trains. The parameters must be fp32 and on the device; they become views of flat tensors.
         dtype: Type that the module computes in.
+        summed: Whether gradients of several micro-batches or ranks are added for a step.
     """
 
-    def __init__(self, groups: Sequence[Group], dtype: torch.dtype) -> None:
+    def __init__(self, groups: Sequence[Group], dtype: torch.dtype, *, summed: bool) -> None:
+        device = groups[0].params[0].device
         self.shards = []
+        self._one_pass = one_pass_available(device)
         self._gradients: list[Tensor] = []
+        self._rounded: list[Tensor] = []
         self._params: list[nn.Parameter] = []
-        self._weight_views: list[Tensor] = []
         self._gradient_views: list[Tensor] = []
         self._place: dict[str, tuple[int, int, torch.Size]] = {}
-        self._optimizer: torch.optim.Optimizer | None = None
-        self._low_precision = dtype != torch.float32
+        self._optimizer: torch.optim.AdamW | None = None
+        if self._one_pass:
+            self._norm = torch.zeros((), pin_memory=True)
+        # Gradients that nothing is added to are used as they come: the kernel clips them in fp32.
+        gradient_type = dtype if self._one_pass and not summed else torch.float32
         for index, group in enumerate(groups):
-            weights = torch.cat([param.detach().flatten() for param in group.params])
-            gradients = torch.zeros_like(weights)
-            offset = 0
-            for name, param in zip(group.names, group.params, strict=True):
-                stop = offset + param.numel()
-                view = weights[offset:stop].view_as(param)
-                param.data = param.data.to(dtype) if self._low_precision else view
+            offsets = list(itertools.accumulate((_aligned(param.numel()) for param in group.params), initial=0))
+            weights = torch.zeros(offsets[-1], device=device)
+            gradients = torch.zeros(offsets[-1], device=device, dtype=gradient_type)
+            rounded = weights if dtype == torch.float32 else torch.zeros_like(weights, dtype=dtype)
+            for name, param, offset in zip(group.names, group.params, offsets[:-1], strict=True):
+                place = slice(offset, offset + param.numel())
+                weights[place].copy_(param.detach().flatten())
+                param.data = rounded[place].view_as(param)
                 self._params.append(param)
-                self._weight_views.append(view)
-                self._gradient_views.append(gradients[offset:stop].view_as(param))
+                self._gradient_views.append(gradients[place].view_as(param))
                 self._place[name] = (index, offset, param.shape)
-                offset = stop
             self.shards.append(nn.Parameter(weights))
             self._gradients.append(gradients)
+            self._rounded.append(rounded)
+        self.publish()
 
-    def link(self, optimizer: torch.optim.Optimizer) -> None:
+    def link(self, optimizer: torch.optim.AdamW) -> None:
         """Take up the optimizer that was made for the shards."""
         self._optimizer = optimizer
         make_moments(optimizer, self.shards)
@@ -129,28 +145,77 @@ class ReplicatedMasters(Masters):
             param.grad = None
 
     @torch.no_grad()
-    def prepare(self, clip: float | None) -> float:
-        """Average the gradients over the ranks, clip them and hand them to the optimizer.
+    def step(self, count: int, *, clip: float | None, ema: Ema | None, decay: float) -> float:
+        """Average the gradients over the ranks, clip them, and change the weights, their average and the module's.
+
+        Args:
+            count: Number of this step, from 1.
+            clip: Norm that gradients are clipped to.
+            ema: The average of the weights.
+            decay: Its decay in this step.
 
         Returns:
-            Their norm before clipping. When it is not finite the optimizer gets no gradients, and its step does
-            nothing; the reduction made the norm the same on every rank.
+            The gradients' norm before clipping. When it is not finite nothing changes; the reduction made the norm
+            the same on every rank.
         """
+        norm = self._reduce()
+        # The one wait for the device in an optimizer step: whether the step counts decides about step count and
+        # learning rate on the host.
+        if self._one_pass:
+            # Not for what is queued after the norm: the device has work while the host prepares the next step.
+            self._norm.copy_(norm, non_blocking=True)
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            copied.record()
+            self._update(count, norm, clip, ema, decay)
+            copied.synchronize()
+            return self._norm.item()
+        value = norm.item()
+        if math.isfinite(value):
+            self._update_by_torch(norm, clip)
+            self.publish()
+            if ema is not None:
+                ema.update(decay)
+        return value
+
+    def _reduce(self) -> Tensor:
+        """Average the gradients over the ranks and return their norm."""
         world_size = dist.get_world_size()
         if world_size > 1:
             for gradient in self._gradients:
                 dist.all_reduce(gradient)
             torch._foreach_div_(self._gradients, float(world_size))
-        norm = torch.stack([torch.linalg.vector_norm(gradient) for gradient in self._gradients]).square().sum().sqrt()
+        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in self._gradients]
+        return torch.stack(norms).square().sum().sqrt()
+
+    def _update(self, count: int, norm: Tensor, clip: float | None, ema: Ema | None, decay: float) -> None:
+        assert self._optimizer is not None
+        for index, group in enumerate(self._optimizer.param_groups):
+            shard = self.shards[index]
+            state = self._optimizer.state[shard]
+            update_in_one_pass(
+                shard.detach(),
+                self._gradients[index],
+                (state["exp_avg"], state["exp_avg_sq"]),
+                group,
+                step=count,
+                norm=norm,
+                clip=clip,
+                average=None if ema is None else ema.shards[index],
+                decay=decay,
+                rounded=None if self._rounded[index].dtype == shard.dtype else self._rounded[index],
+            )
+
+    def _update_by_torch(self, norm: Tensor, clip: float | None) -> None:
+        assert self._optimizer is not None
         if clip is not None:
             # As torch.nn.utils.clip_grad_norm_ does it, so that a plain loop gives the same numbers.
             torch._foreach_mul_(self._gradients, (clip / (norm + 1e-6)).clamp(max=1.0))
-        # The one wait for the device in an optimizer step: whether the step counts decides about EMA, step count and
-        # learning rate on the host, so the host has to know before it goes on.
-        value = float(norm.item())
         for shard, gradient in zip(self.shards, self._gradients, strict=True):
-            shard.grad = gradient if math.isfinite(value) else None
-        return value
+            shard.grad = gradient
+        self._optimizer.step()
+        # DeepSpeed steps the optimizer too, which finds nothing to do.
+        for shard in self.shards:
+            shard.grad = None
 
     def _tensor(self, index: int, moment: str | None) -> Tensor:
         if moment is None:
@@ -172,8 +237,9 @@ class ReplicatedMasters(Masters):
     @torch.no_grad()
     def publish(self) -> None:
         """Round the weights into the module; in fp32 the module's are the master weights."""
-        if self._low_precision:
-            torch._foreach_copy_([param.detach() for param in self._params], self._weight_views)
+        for rounded, shard in zip(self._rounded, self.shards, strict=True):
+            if rounded.dtype != shard.dtype:
+                rounded.copy_(shard)
 
 
 class ShardedMasters(Masters):
