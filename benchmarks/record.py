@@ -38,7 +38,7 @@ KERNELS = {
     ),
     "convolutions": ("convolution", "convolve", "conv2d", "fprop", "dgrad", "wgrad", "implicit", "cudnn"),
     "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "_mm", "s16816", "cublas"),
-    "AdamW, EMA, clipping, copies of weights": ("multi_tensor", "lerp", "adam", "memcpy", "memset"),
+    "AdamW, EMA, clipping, copies of weights": ("multi_tensor", "lerp", "adam", "_update_kernel", "memcpy", "memset"),
 }
 LIBRARIES = ("torch", "numpy", "deepspeed", "timm", "underpaint")
 

@@ -188,6 +188,7 @@ class ReplicatedMasters(Masters):
         return torch.stack(norms).square().sum().sqrt()
 
     def _update(self, count: int, norm: Tensor, clip: float | None, ema: Ema | None, decay: float) -> None:
+        # The optimizer lends its settings and moments; its own count of steps stays where it was.
         assert self._optimizer is not None
         for index, group in enumerate(self._optimizer.param_groups):
             shard = self.shards[index]
