@@ -24,7 +24,7 @@ from typing import Any
 import attrs
 import lightningdit_peer
 import torch
-import torch.nn.functional as F
+import torch._functorch.config
 import yaml
 from record import Record, fast_matrices, kernel_times, timed
 from torch import Tensor
@@ -47,8 +47,6 @@ CLASSES, DECAY = 1000, 0.9999
 OPTIMIZER = OptimizerConfig(lr=2e-4, betas=(0.9, 0.95), clip=None)
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
-    "fa3": SDPBackend.FLASH_ATTENTION,
-    "fa4": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
@@ -158,67 +156,31 @@ def forward_pass(module: DiffusionModule, shape: Shape, batch: int, device: torc
     return run
 
 
-def padded_attention(channels: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Return an attention over B×N×heads×c that runs with so many channels a head, the added ones zero."""
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        own = q.shape[-1]
-        q, k, v = (F.pad(x, (0, channels - own)).transpose(1, 2) for x in (q, k, v))
-        mixed = F.scaled_dot_product_attention(q, k, v, scale=own**-0.5)
-        return mixed.transpose(1, 2)[..., :own].flatten(2)
-
-    return attend
-
-
-@contextlib.contextmanager
-def backend(name: str) -> Iterator[None]:
-    """Let torch's attention use this one; ``fa3`` and ``fa4`` are packages that take the place of torch's own."""
-    with sdpa_kernel(BACKENDS[name]):
-        if not name.startswith("fa"):
-            yield
-            return
-        # Older versions of torch, which time everything else here, have no such switch.
-        from torch.nn.attention import activate_flash_attention_impl, restore_flash_attention_impl
-
-        activate_flash_attention_impl(name.upper())
-        try:
-            yield
-        finally:
-            restore_flash_attention_impl()
-
-
 @contextlib.contextmanager
 def attention(choice: str | None) -> Iterator[None]:
-    """Choose ``BACKEND`` or ``BACKEND:CHANNELS``; channels are padded in LightningDiT's and DiT^DH's blocks only."""
-    if choice is None:
+    """Let torch's attention use this backend, or the one it chooses."""
+    with sdpa_kernel(BACKENDS[choice]) if choice else contextlib.nullcontext():
         yield
-        return
-    from underpaint_lightningdit import block
-
-    name, _, channels = choice.partition(":")
-    own = block.attend
-    if channels:
-        block.attend = padded_attention(int(channels))
-    try:
-        with backend(name):
-            yield
-    finally:
-        block.attend = own
 
 
-def attention_alone(choice: str, shape: Shape, config: Any, batch: int, device: torch.device) -> Callable[[int], None]:
-    """Return forward and backward of one layer's attention."""
-    tokens = shape.grid[0] * shape.grid[1] // getattr(config, "patch", 1) ** 2
-    heads, channels = config.heads, config.width // config.heads
-    qkv = torch.randn(batch, tokens, 3, heads, channels, device=device, dtype=torch.bfloat16, requires_grad=True)
-    given = torch.randn(batch, tokens, heads * channels, device=device, dtype=torch.bfloat16)
-    _, _, wide = choice.partition(":")
-    attend = padded_attention(int(wide) if wide else channels)
-    if device.type == "cuda":
-        attend = torch.compile(attend)
+def attention_alone(shape: Shape, config: Any, batch: int, device: torch.device) -> Callable[[int], None]:
+    """Return forward and backward of one layer's attention, its queries and keys turned by their positions."""
+    from underpaint_lightningdit.block import attend
+    from underpaint_lightningdit.kernels import rotated_heads
+    from underpaint_lightningdit.positions import grid_rotations
+
+    rows, columns = (side // config.patch for side in shape.grid)
+    rotation = grid_rotations(rows, columns, config.width // config.heads).to(device, torch.float32)
+    qkv = torch.randn(batch, rows * columns, 3 * config.width, device=device, dtype=torch.bfloat16, requires_grad=True)
+    given = torch.randn(batch, rows * columns, config.width, device=device, dtype=torch.bfloat16)
+
+    def mix(qkv: Tensor) -> Tensor:
+        return attend(*rotated_heads(qkv, None, rotation))
+
+    call = torch.compile(mix, dynamic=False) if device.type == "cuda" else mix
 
     def step(index: int) -> None:
-        attend(*qkv.unbind(2)).backward(given)
+        call(qkv).backward(given)
         qkv.grad = None
 
     return step
@@ -234,9 +196,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--forward", type=int, nargs="*", default=[], metavar="BATCH", help="also time forward passes")
     parser.add_argument("--steps", type=int, default=20, help="in each of three groups")
     parser.add_argument("--warm", type=int, default=8)
-    parser.add_argument("--attention", nargs="+", default=[None], metavar="BACKEND[:CHANNELS]")
+    parser.add_argument("--attention", nargs="+", default=[None], choices=[*BACKENDS])
     parser.add_argument("--precision", nargs="+", choices=["bf16", "fp8"], default=["bf16"])
-    parser.add_argument("--attention-only", action="store_true", help="time attention alone, of the backbone's shape")
+    parser.add_argument("--attention-only", action="store_true", help="time a layer's attention alone")
     parser.add_argument("--plain", action="store_true", help="also time our module without the engine")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--memory-budget", type=float, help="share of activations that compiled blocks may keep")
@@ -244,11 +206,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--peers", type=Path, default=Path(".peers"))
     parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
-    for choice in arguments.attention:
-        if choice is not None and choice.partition(":")[0] not in BACKENDS:
-            parser.error(f"'{choice}' is no attention; backends are {', '.join(BACKENDS)}")
-    return arguments
+    return parser.parse_args()
 
 
 class Bench:
@@ -271,6 +229,8 @@ class Bench:
         flops = {"step": self.flops, "forward": self.flops / 3}.get(what, 0.0)
 
         def measured() -> tuple[dict[str, float], float]:
+            # Compiled code does not ask which attention is chosen: that of the row before would be run again.
+            torch.compiler.reset()
             run = make()
             result = timed(run, self.device, self.arguments.steps, self.arguments.warm)
             if self.arguments.profile:
@@ -321,13 +281,12 @@ class Bench:
         config = underpaint.registry().config("backbone", self.shape.backbone, self.shape.options)
         for batch in self.arguments.batch:
             for choice in self.arguments.attention:
-                chosen = choice or "flash"
-                with backend(chosen.partition(":")[0]):
+                with attention(choice):
                     self.row(
                         "attention",
-                        chosen,
+                        choice or "as torch chooses",
                         batch,
-                        lambda c=chosen, b=batch: attention_alone(c, self.shape, config, b, self.device),
+                        lambda b=batch: attention_alone(self.shape, config, b, self.device),
                     )
 
     def peers(self) -> None:
@@ -374,6 +333,8 @@ def main() -> None:
     """Parse and run."""
     arguments = parse()
     fast_matrices()
+    # Its entries do not know which attention was chosen.
+    torch._functorch.config.enable_autograd_cache = False
     if arguments.memory_budget is not None:
         torch._functorch.config.activation_memory_budget = arguments.memory_budget
     torch._inductor.config.coordinate_descent_tuning = arguments.tune

@@ -58,8 +58,9 @@ def machine(device: torch.device | None = None) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Return the commit of the working tree, or ``unknown``."""
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    """Return the commit of the working tree, with ``-dirty`` where the tree has changes, or ``unknown``."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
 
 

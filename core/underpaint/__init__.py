@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from underpaint.interfaces.sampler import FreshNoise, Sampler, VarianceField, VelocityField
     from underpaint.interfaces.tracker import Tracker
     from underpaint.models.denoiser import Denoiser
+    from underpaint.models.e4m3 import swiglu_linear
     from underpaint.models.tokenizer import LatentStatistics, Tokenizer
     from underpaint.registration.registrar import RecipeRegistrar, Registrar
     from underpaint.weights import check_fit, is_location, load_weights, tensor_hash
@@ -95,6 +96,7 @@ _HOME = {
     "registry": "api",
     "short_side": "data.images",
     "suggest": "errors",
+    "swiglu_linear": "models.e4m3",
     "tensor_hash": "weights",
 }
 
@@ -151,6 +153,7 @@ __all__ = [
     "registry",
     "short_side",
     "suggest",
+    "swiglu_linear",
     "tensor_hash",
 ]
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from underpaint import swiglu_linear
 from underpaint_lightningdit.kernels import EPS, fused_available, gated_sum, modulated_norm, rotated_heads, swiglu
 from underpaint_lightningdit.positions import rotate
 
@@ -53,6 +54,16 @@ class GatedLinear(nn.Module):
         return result
 
 
+class GatedUnits(GatedLinear):
+    """The second layer of a SwiGLU, which makes the units of the first one's output, and adds what it gives."""
+
+    def forward(self, x: Tensor, h: Tensor, bias: Tensor | None, gate: Tensor) -> Tensor:  # type: ignore[override]
+        """Return B×N×outputs; `h` and `bias` are those of `swiglu`."""
+        out = self.linear(swiglu(h, bias)) if torch.is_grad_enabled() else swiglu_linear(self.linear, h)
+        result: Tensor = gated_sum(x, out, gate, self.bias)
+        return result
+
+
 class Block(nn.Module):
     """Attention and SwiGLU, each normalised, modulated and gated by the condition (LightningDiT).
 
@@ -71,7 +82,7 @@ class Block(nn.Module):
         self.out = GatedLinear(width, width)
         self.norm2 = ModulatedNorm(width)
         self.up = nn.Linear(width, 2 * hidden)
-        self.down = GatedLinear(hidden, width)
+        self.down = GatedUnits(hidden, width)
         self.modulation = nn.Linear(width, (6 if shift else 4) * width)
 
     def forward(self, x: Tensor, condition: Tensor, rotation: Tensor) -> Tensor:
@@ -92,7 +103,7 @@ class Block(nn.Module):
         normed, x = self.norm1(x, scale1, shift1)
         x = self.out(x, self._mix(normed, rotation), gate1)
         normed, x = self.norm2(x, scale2, shift2)
-        result: Tensor = self.down(x, swiglu(*_product(self.up, normed)), gate2)
+        result: Tensor = self.down(x, *_product(self.up, normed), gate2)
         return result
 
     def _mix(self, x: Tensor, rotation: Tensor) -> Tensor:

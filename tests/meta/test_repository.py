@@ -71,6 +71,7 @@ PUBLIC = [
     "registry",
     "short_side",
     "suggest",
+    "swiglu_linear",
     "tensor_hash",
 ]
 """The public API. Whoever changes this list changes what third-party plugins rely on."""

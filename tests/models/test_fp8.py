@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from tests.plugins.backbones import TINY, disturbed, inputs, make
 from underpaint import ConfigError
+from underpaint.models.e4m3 import Fp8Linear
 from underpaint.models.fp8 import check_fp8, find_fp8, freeze_fp8, train_fp8
+from underpaint_lightningdit.block import Block
+from underpaint_lightningdit.positions import grid_rotations
 
 
 class Network(nn.Module):
@@ -90,6 +93,21 @@ def test_every_backbone_computes_with_frozen_layers(name: str) -> None:
     error = torch.linalg.vector_norm(rounded - expected) / torch.linalg.vector_norm(expected)
     # Four significant bits, through two blocks of layers.
     assert 1e-3 < float(error) < 0.2
+
+
+def test_gated_units_are_rounded_while_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = disturbed(Block(48, 4, 4.0, qk_norm=False)).eval()
+    given = torch.randn(2, 6, 48), torch.randn(2, 1, 48), grid_rotations(2, 3, 12).float()
+    sizes = []
+    of_gated = Fp8Linear.of_gated
+    monkeypatch.setattr(Fp8Linear, "of_gated", lambda layer, h: sizes.append(h.shape) or of_gated(layer, h))
+    with torch.no_grad():
+        expected = block(*given)
+        freeze_fp8([block], find_fp8([block], lambda: block(*given)))
+        rounded = block(*given)
+    # Two thirds of four times the width, twice.
+    assert sizes == [(2, 6, 256)]
+    assert 1e-3 < float(torch.linalg.vector_norm(rounded - expected) / torch.linalg.vector_norm(expected)) < 0.2
 
 
 # --------------------------------------------------------------------------------------------------- training
