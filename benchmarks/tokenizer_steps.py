@@ -111,7 +111,8 @@ def make(
     if compiled:
         apart = module.decoder.last_layer() if "decoder" in losses.adaptive else None
         compile_modules(
-            [*units_of(module.encoder), *units_of(module.decoder, apart)], differentiated_again=bool(losses.adaptive)
+            [*units_of(module.encoder), *units_of(module.decoder, apart), *losses.units()],
+            differentiated_again=bool(losses.adaptive),
         )
     config = EngineConfig(precision="bf16", compile=compiled)
     critics = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Protocol
 
 import torch
@@ -47,6 +48,10 @@ class Adversary(AdversarialLoss):
         self._objective = config.objective
         self._r1 = config.r1
         self._interval = config.r1_interval
+
+    def units(self) -> Sequence[nn.Module]:
+        """Return what the loss holds, unless R1 differentiates through it a second time: no compiled graph can be."""
+        return () if self._r1 else self.held
 
     def forward(self, step: StepTensors) -> dict[str, Tensor]:
         """Return the model's terms; gradients reach the reconstruction alone, and the critic is left as it is."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import underpaint
 from underpaint import Loss, StepTensors
@@ -38,6 +39,10 @@ class FeatureDistance(Loss):
     def train(self, mode: bool = True) -> Self:
         """Stay in evaluation mode: the encoder is a measure, not a part that learns."""
         return super().train(False)
+
+    def units(self) -> Sequence[nn.Module]:
+        """Return the encoder."""
+        return (self.encoder,)
 
     def forward(self, step: StepTensors) -> dict[str, Tensor]:
         """Return ``features``.

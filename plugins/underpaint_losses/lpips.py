@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -80,6 +80,10 @@ class Lpips(Loss):
     def train(self, mode: bool = True) -> Self:
         """Stay in evaluation mode: this is a measure, not a part that learns."""
         return super().train(False)
+
+    def units(self) -> Sequence[nn.Module]:
+        """Return the loss: its norms and differences are passes over maps larger than the images."""
+        return (self,)
 
     def forward(self, step: StepTensors) -> dict[str, Tensor]:
         """Return ``lpips``."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from underpaint import DataError, Loss, StepTensors
 
@@ -26,6 +28,10 @@ class Ssim(Loss):
     """
 
     needs = frozenset({"images", "reconstruction"})
+
+    def units(self) -> Sequence[nn.Module]:
+        """Return the loss."""
+        return (self,)
 
     def forward(self, step: StepTensors) -> dict[str, Tensor]:
         """Return ``ssim``, which is 1 − SSIM.

@@ -94,6 +94,12 @@ def shown(height: int = 16, width: int = 16, b: int = 2) -> StepTensors:
     return StepTensors(step=0, images=random(b, 3, height, width), reconstruction=Reconstruction(decoded))
 
 
+def test_its_encoder_is_compiled_unless_it_is_differentiated_twice() -> None:
+    loss = make()
+    assert loss.units() == loss.held
+    assert make(r1=1.0).units() == ()
+
+
 # --------------------------------------------------------------------------------------------------- heads
 
 

@@ -36,6 +36,28 @@ class Unseeded(Charbonnier):
         return {"x": super().forward(step)["charbonnier"] * (1 + random.random())}
 
 
+class IdleUnit(Charbonnier):
+    """Names something to compile that it never calls."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.idle = nn.Identity()
+
+    def units(self):
+        return (self.idle,)
+
+
+class CompiledOtherwise(Charbonnier):
+    """Gives something else when it is compiled."""
+
+    def units(self):
+        return (self,)
+
+    def forward(self, step):
+        value = super().forward(step)["charbonnier"]
+        return {"x": 2.0 * value if torch.compiler.is_compiling() else value}
+
+
 class Sums(Charbonnier):
     """Sums over the batch."""
 

@@ -69,6 +69,8 @@ MUTANTS = {
         "Undeclared": {"reads_only_what_it_needs"},
         "UnknownNeed": {"reads_only_what_it_needs"},
         "Unseeded": {"repeats_with_seed"},
+        "IdleUnit": {"compiles_as_declared"},
+        "CompiledOtherwise": {"compiles_as_declared"},
         "Sums": {"mean_over_batch"},
         "Detached": {"gradients_reach_outputs"},
         "RootAtZero": {"finite_at_the_optimum"},

@@ -20,10 +20,11 @@ GOOD = {
     "tracker": "csv",
     "importer": "flat",
 }
-# What a skeleton may leave out: metrics of one side, and losses that train or have a critic.
+# What a skeleton may leave out: metrics of one side, and losses that train, have a critic or something to compile.
 OPTIONAL = {
     "sides_in_any_order",
     "trains_as_declared",
+    "compiles_as_declared",
     "critic_learns",
     "model_spares_critic",
     "critic_spares_model",

@@ -71,7 +71,7 @@ class EngineConfig:
         precision: ``bf16`` keeps fp32 master weights; ``fp8`` is bf16 with the matrix products of the diffusion
             backbone's blocks in 8 bits, on GPUs that have them (extra ``fp8``).
         accumulation: Micro-batches per optimizer step.
-        compile: Compile the blocks with torch.compile.
+        compile: Compile encoders, decoders, the blocks of backbones and what losses compute with, by torch.compile.
         deterministic: Bit-repeatable kernels, at some cost.
         log_every: Steps between log lines.
         checkpoint_every: Steps between checkpoints.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 import attrs
@@ -109,6 +110,13 @@ class Loss(nn.Module, Component, ABC):
         Raises:
             ConfigError: The loss does not fit the model.
         """
+
+    def units(self) -> Sequence[nn.Module]:
+        """Return what is worth compiling where a recipe asks for it; what the loss holds, unless it says otherwise.
+
+        Each module is called as a whole, or is the loss itself, and none is differentiated twice.
+        """
+        return self.held
 
     @abstractmethod
     def forward(self, step: StepTensors) -> dict[str, Tensor]:

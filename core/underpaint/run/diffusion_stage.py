@@ -188,7 +188,7 @@ def run_diffusion_stage(session: Session, tokenizer: Tokenizer, cache: LatentCac
         StagePlan(
             name="diffusion",
             module=module,
-            compiled=backbone.blocks() or [backbone],
+            compiled=[*(backbone.blocks() or [backbone]), *losses.units()],
             parts={"backbone": backbone, "conditioner": conditioner, "losses": module.losses},
             optimizer=config.optimizer,
             steps=config.steps,

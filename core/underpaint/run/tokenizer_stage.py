@@ -95,7 +95,9 @@ def run_tokenizer_stage(session: Session, index: int, tokenizer: Tokenizer) -> L
     keep = None if stage.guard is None else learner.add_guard(stage.guard, ranks.average)
 
     apart = learner.decoder.last_layer() if "decoder" in losses.adaptive else None
-    units = [*units_of(learner.encoder), *units_of(learner.decoder, apart), *(partner.blocks if partner else ())]
+    units = [*units_of(learner.encoder), *units_of(learner.decoder, apart), *losses.units()]
+    if partner is not None:
+        units += [*partner.blocks, *partner.losses.units()]
 
     def batches(start: int, micro_batches: int) -> Iterator[Batch]:
         for batch in data.train_batches(stage.batch, seed=seed, start=start, accumulation=micro_batches, ranks=ranks):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -307,6 +308,40 @@ def finite_in_autocast(subject: Subject) -> None:
         for path, value in _learned(step):
             bad = value.grad is not None and not bool(torch.isfinite(value.grad).all())
             expect(not bad, f"the gradient at {path} is not finite under autocast")
+
+
+@check("loss", since="1.1")
+def compiles_as_declared(subject: Subject) -> None:
+    """Each of ``units`` is called as a whole, and compiled by torch they leave terms and gradients as they are."""
+    loss = _loss(subject)
+    if not loss.units():
+        raise NotApplicable("It names nothing to compile.")
+    called: set[int] = set()
+    hooks = [unit.register_forward_hook(lambda module, _, __: called.add(id(module))) for unit in loss.units()]
+    plain = {method: _slopes(side, subject) for method, side in _sides(loss).items()}
+    for hook in hooks:
+        hook.remove()
+    idle = [type(unit).__name__ for unit in loss.units() if id(unit) not in called]
+    expect(not idle, f"units names {', '.join(idle)}, which is never called: compiling it has no effect")
+    for unit in loss.units():
+        unit.compile(backend="aot_eager", dynamic=False)
+    for method, side in _sides(loss).items():
+        with warnings.catch_warnings():
+            # Dynamo looks at the gradient of everything that it meets, and torch warns where that is no leaf.
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
+            found = _slopes(side, subject)
+        wrong = [n for n, value in plain[method].items() if not torch.allclose(value, found[n], rtol=1e-3, atol=1e-5)]
+        expect(not wrong, f"compiled, {method} gives another {' and '.join(wrong)}")
+
+
+def _slopes(side: Side, subject: Subject) -> dict[str, Tensor]:
+    """Return terms, and the gradients of their sum, by name."""
+    step = _learning(_step(subject))
+    terms = side(step)
+    if _total(terms).requires_grad:
+        _backward(terms)
+    slopes = {f"gradient at {path}": value.grad for path, value in _learned(step) if value.grad is not None}
+    return {**{name: value.detach() for name, value in terms.items()}, **slopes}
 
 
 @check("loss")

@@ -13,6 +13,7 @@ from underpaint.errors import ConfigError
 from underpaint.interfaces.loss import AdversarialLoss, Loss, StepSizes, StepTensors
 from underpaint.registration.manager import manager
 from underpaint.training.balance import Share, balanced, detached
+from underpaint.training.compilation import units_of
 from underpaint.weights import tensor_hash
 
 __all__ = ["LossItem", "WeightedLosses"]
@@ -166,6 +167,10 @@ class WeightedLosses:
         assert seen.reconstruction is not None
         loss, factors = balanced(shares, tensors.reconstruction, seen.reconstruction, layers, self._average)
         return loss, terms | {f"factor_{key}": factor for key, factor in factors.items()}
+
+    def units(self) -> list[nn.Module]:
+        """Return what of the losses to compile."""
+        return [unit for item in self.items for network in item.loss.units() for unit in units_of(network)]
 
     def hashes(self) -> dict[str, str]:
         """Return hashes of what the losses compute with and do not train, by what it is."""
