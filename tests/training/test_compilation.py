@@ -10,6 +10,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import underpaint
+from underpaint import Reconstruction, StepTensors
 from underpaint.training.compilation import units_of
 
 DECODERS = {
@@ -70,6 +71,20 @@ def test_one_graph_serves_all_blocks_that_are_alike() -> None:
     for unit in units:
         unit.compile(backend=made, dynamic=False)
     torch.testing.assert_close(decoder(latents).image, expected)
+    assert made.frame_count == 1
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo looks
+@pytest.mark.parametrize(("name", "options"), [("lpips", {"weights": "random"}), ("ssim", {})])
+def test_one_graph_serves_a_loss_at_every_step(name: str, options: dict[str, str]) -> None:
+    loss = underpaint.create("loss", name, **options).requires_grad_(False)
+    made = CompileCounter()
+    for unit in loss.units():
+        unit.compile(backend=made, dynamic=False)
+    images = torch.rand(2, 3, 32, 32)
+    for index in range(3):
+        decoded = Reconstruction(torch.rand(2, 3, 32, 32).requires_grad_() * 1.0)
+        loss(StepTensors(step=index, images=images, reconstruction=decoded))
     assert made.frame_count == 1
 
 
