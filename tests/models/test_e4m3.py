@@ -180,11 +180,12 @@ def test_a_gpu_rounds_and_multiplies_as_the_formula_does(n: int, inputs: int, ou
     expected, (rounded, scale) = layer(x), round_rows(x)
     layer.cuda()
     found, (fast, fast_scale) = layer(x.cuda()), round_rows(x.cuda())
-    torch.testing.assert_close(fast_scale.cpu(), scale, rtol=1e-6, atol=0.0)
-    # Where a number lies half-way between two, the last bit of its scale decides.
-    assert (fast.cpu().float() == rounded.float()).float().mean() > 0.999
+    # To the last bit: where numbers lie half-way between two, it decides, and for some rows that is one in thirty.
+    assert torch.equal(fast_scale.cpu(), scale)
+    assert torch.equal(fast.cpu().float(), rounded.float())
     size = expected.float().abs().amax(1, keepdim=True)
-    assert float(((found.cpu().float() - expected.float()).abs() / size).max()) < 2e-2
+    # Products and sums with the bias are rounded to bf16 once or twice: to half a step each, and that of 2^-7.
+    assert float(((found.cpu().float() - expected.float()).abs() / size).max()) < 2**-7 + 2**-8
     # What the hardware's sums add must stay below what rounding the inputs costs.
     with torch.no_grad():
         exact = nn.functional.linear(x.double(), linear.weight.double(), linear.bias.double())
