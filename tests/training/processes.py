@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -20,9 +22,12 @@ from underpaint.training.ranks import Ranks
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    # Not one that the system chooses: it may give the same to a socket of another test before the ranks have taken it.
+    for port in random.SystemRandom().sample(range(20000, 30000), 100):
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("There is no free port.")
 
 
 def be_rank(rank: int, world_size: int, port: int) -> None:
