@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from underpaint.interfaces.tracker import Tracker
     from underpaint.models.denoiser import Denoiser
     from underpaint.models.e4m3 import swiglu_linear
+    from underpaint.models.norms import GroupNorm
     from underpaint.models.tokenizer import LatentStatistics, Tokenizer
     from underpaint.registration.registrar import RecipeRegistrar, Registrar
     from underpaint.weights import check_fit, is_location, load_weights, tensor_hash
@@ -62,6 +63,7 @@ _HOME = {
     "EncoderInfo": "interfaces.encoder",
     "Features": "interfaces.encoder",
     "FreshNoise": "interfaces.sampler",
+    "GroupNorm": "models.norms",
     "Importer": "interfaces.importer",
     "LatentStatistics": "models.tokenizer",
     "Loss": "interfaces.loss",
@@ -119,6 +121,7 @@ __all__ = [
     "EncoderInfo",
     "Features",
     "FreshNoise",
+    "GroupNorm",
     "Importer",
     "LatentStatistics",
     "Loss",

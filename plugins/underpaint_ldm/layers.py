@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from underpaint import GroupNorm
 from underpaint_ldm.config import groups_of
 
 __all__ = ["Attention", "Double", "Halve", "Residual", "middle", "norm"]
 
 
-def norm(channels: int, groups: int | None) -> nn.GroupNorm:
+def norm(channels: int, groups: int | None) -> GroupNorm:
     """Return the normalisation of a layer; see the option `groups`."""
-    return nn.GroupNorm(groups_of(channels, groups), channels, eps=1e-6)
+    return GroupNorm(groups_of(channels, groups), channels, eps=1e-6)
 
 
 class Residual(nn.Module):

@@ -9,14 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from underpaint import GroupNorm
 from underpaint_vfmvae.config import groups
 
 __all__ = ["ConvNeXt", "EqualLinear", "Mapping", "SelfAttention", "ToRgb", "Upsample", "group_norm", "repeat_border"]
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
+def group_norm(channels: int) -> GroupNorm:
     """Return the decoder's normalisation; its eps is 1e-5, where latent diffusion's decoders have 1e-6."""
-    return nn.GroupNorm(groups(channels), channels, eps=1e-5)
+    return GroupNorm(groups(channels), channels, eps=1e-5)
 
 
 class EqualLinear(nn.Module):

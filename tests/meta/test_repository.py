@@ -37,6 +37,7 @@ PUBLIC = [
     "EncoderInfo",
     "Features",
     "FreshNoise",
+    "GroupNorm",
     "Importer",
     "LatentStatistics",
     "Loss",
