@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from underpaint import ConfigError, Reconstruction
 from underpaint import Decoder as DecoderInterface
@@ -125,6 +126,7 @@ class _Block(nn.Module):
 
     def __init__(self, config: DecoderConfig, index: int, previous: int, width: int) -> None:
         super().__init__()
+        self._recompute = config.recompute
         inputs = previous + (_fused(config.width, index) if index < 4 else 0)
         blur = 3 if index < 3 else 5
         # Block 0 has nothing to normalise before: what it is given comes out of the fusion's own norm.
@@ -141,8 +143,9 @@ class _Block(nn.Module):
     def forward(self, x: Tensor, total: Tensor | None, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the map, the sum of the maps so far, and the image."""
         x = self.upsample(x)
+        recompute = self._recompute and torch.is_grad_enabled()
         for layer in self.layers:
-            x = layer(x, w)
+            x = checkpoint(layer, x, w, use_reentrant=False, preserve_rng_state=False) if recompute else layer(x, w)
         for attention in self.attention:
             x = attention(x)
         if self.rgb_upsample is not None:

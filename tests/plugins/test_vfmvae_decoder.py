@@ -18,6 +18,7 @@ from underpaint import ConfigError, Decoder, Loss, Reconstruction, StepTensors
 from underpaint.config.recipe import read_yaml, recipe_from_plain
 from underpaint.models.build import build_tokenizer
 from underpaint.run.recipes import load_recipe
+from underpaint.training.compilation import units_of
 from underpaint_vfmvae import layers
 
 TINY: dict[str, Any] = {"width": 32, "base": 16, "depths": (2, 1), "heads": 4}
@@ -379,6 +380,33 @@ def test_gradients_reach_everything(noise: str) -> None:
     total.backward()
     idle = [n for n, p in decoder.named_parameters() if p.grad is None or not bool(p.grad.abs().sum() > 0)]
     assert not idle
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo looks
+def test_recomputation_changes_memory_only(backend: str | None) -> None:
+    plain, again = make(4, 8, depths=(3, 3)), make(4, 8, depths=(3, 3), recompute=True)
+    disturb(plain)
+    again.load_state_dict(plain.state_dict())
+    kept, gradients = [], []
+    for decoder in (plain, again):
+        if backend is not None:
+            for unit in units_of(decoder, decoder.last_layer()):
+                unit.compile(backend=backend, dynamic=False)
+        saved: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, s=saved: (s.append(x.numel()), x)[1], lambda x: x):
+            image = decoder(latents(4, 4, 4, batch=2)).image
+        # Twice, as for an adaptive weight.
+        style = decoder.get_parameter("mapping.out.weight")
+        (first,) = torch.autograd.grad(image.sum(), style, retain_graph=True)
+        image.square().sum().backward()
+        kept.append(sum(saved))
+        gradients.append({"first": first} | {name: p.grad for name, p in decoder.named_parameters()})
+    assert kept[1] < kept[0] / 3
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+    with torch.no_grad():
+        assert torch.equal(plain(latents(4, 4, 4)).image, again(latents(4, 4, 4)).image)
 
 
 def test_bfloat16() -> None:
