@@ -81,13 +81,17 @@ def timed(run: Callable[[int], Any], device: torch.device, steps: int, warm: int
         warm: Steps before the first.
 
     Returns:
-        ``median_s``, ``min_s`` and ``max_s`` of a step over the groups, and on a GPU ``memory_gib`` at its highest.
+        ``median_s``, ``min_s`` and ``max_s`` of a step over the groups, and on a GPU ``memory_gib`` at its highest;
+        ``warm_s``, what all steps before the first group took, and compiling in them.
     """
     cuda = device.type == "cuda"
+    start = time.perf_counter()
     for index in range(warm):
         run(index)
     if cuda:
+        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
+    warm_s = time.perf_counter() - start
     seconds = []
     for group in range(3):
         if cuda:
@@ -98,7 +102,7 @@ def timed(run: Callable[[int], Any], device: torch.device, steps: int, warm: int
         if cuda:
             torch.cuda.synchronize()
         seconds.append((time.perf_counter() - start) / steps)
-    result = {"median_s": statistics.median(seconds), "min_s": min(seconds), "max_s": max(seconds)}
+    result = {"median_s": statistics.median(seconds), "min_s": min(seconds), "max_s": max(seconds), "warm_s": warm_s}
     if cuda:
         result["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return result
