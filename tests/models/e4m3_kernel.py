@@ -59,3 +59,13 @@ def test_a_row_of_zeros_stays_one() -> None:
     found, scale = round_rows_by_kernel(torch.zeros(2, 8))
     assert not found.float().any()
     assert bool((scale > 0).all())
+
+
+def test_rows_of_any_size_have_the_same_digits() -> None:
+    # The reciprocal of a scale, and what a product is off by, must not vanish or grow beyond fp32.
+    x = torch.randn(1, 64, generator=torch.Generator().manual_seed(0))
+    expected, _ = round_rows_by_kernel(x)
+    for power in (-24, -3, 30, 120):
+        found, scale = round_rows_by_kernel(x * 2.0**power)
+        assert torch.equal(found.float(), expected.float())
+        assert torch.equal(scale, (x.abs().amax(1, keepdim=True) * 2.0**power) / 448)

@@ -204,3 +204,17 @@ def test_a_gpu_makes_gated_units_as_the_formula_does(n: int, units: int, dtype: 
     torch.testing.assert_close(found_scale.cpu(), scale, rtol=1e-5, atol=0.0)
     # Where a number lies half-way between two, the last bits of its unit and of its scale decide.
     assert (found.cpu().float() == expected.float()).float().mean() > 0.999
+
+
+# The interpreter's rounding to float8 knows no numbers that are not finite, so that only a GPU can show this.
+@needs_gpu
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+def test_on_a_gpu_too_a_row_that_is_not_finite_shows_and_stays_alone(bad: float) -> None:
+    layer = Fp8Linear(nn.Linear(32, 16)).cuda()
+    for call, width in ((layer, 32), (layer.of_gated, 64)):
+        x = draw(3, width).cuda()
+        clean = call(x)
+        x[1, 5] = bad
+        found = call(x)
+        assert not bool(found[1].isfinite().any())
+        assert torch.equal(found[[0, 2]], clean[[0, 2]])

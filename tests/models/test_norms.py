@@ -28,7 +28,7 @@ def maps(*, spread: float = 1.0, offset: float = 0.0) -> Tensor:
 
 
 def formula(x: Tensor, layer: nn.GroupNorm) -> Tensor:
-    """Wu and He 2018, equations 1, 2 and 7, in float64."""
+    """Wu and He 2018, equations 1, 2, 6 and 7, in float64."""
     groups = x.double().unflatten(1, (4, -1))
     mean = groups.mean((2, 3, 4), keepdim=True)
     variance = (groups - mean).square().mean((2, 3, 4), keepdim=True)

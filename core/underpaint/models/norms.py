@@ -12,14 +12,14 @@ __all__ = ["GroupNorm"]
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation (Wu and He 2018) whose output has the type of its input, under autocast too.
+    """Group normalisation (Wu and He 2018, section 3.1) whose output has the type of its input, under autocast too.
 
     Means and variances are summed in fp32 all the same. CUDA's autocast would turn bf16 maps to fp32 first and hand
     fp32 to the activation that follows: both are written, and kept for the backward pass, at twice the size.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise maps, batch and channels first."""
+        """Return B×C×…, of x of the same shape."""
         weight, bias = (None if p is None else p.to(x.dtype) for p in (self.weight, self.bias))
         kind = x.device.type
         # Tensors without data, which shapes are worked out with, have no autocast.
