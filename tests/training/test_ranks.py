@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sys
+import time
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing
-from processes import be_rank, free_port
+from processes import be_rank, free_port, on_ranks
 
 from underpaint.errors import ConfigError, DataError, UnderpaintError
 from underpaint.training import ranks as module
@@ -145,3 +148,15 @@ def test_who_waits_for_a_rank_that_has_ended_says_so_in_a_sentence(tmp_path):
     assert (tmp_path / "0").read_text() == "The disk is full."
     said = (tmp_path / "1").read_text()
     assert re.fullmatch(r"Rank 1 of 2 lost the connection to another \(.*peer.*\); look for what .* wrote\.", said)
+
+
+def let_go_late(ranks: Ranks) -> None:
+    """Leave while a thread of Gloo is at work, in a group that the process holds to its end as DeepSpeed does."""
+    sys.modules[__name__].__dict__["held"] = dist.group.WORLD
+    dist.all_reduce(torch.zeros(1), async_op=True).get_future().then(lambda _: time.sleep(0.1))
+
+
+@pytest.mark.slow
+def test_a_rank_ends_well_while_gloo_lets_go_of_its_last_tensors(tmp_path):
+    # Threads that ask for the interpreter after its end are ended by it, in C++ that cannot be: SIGABRT.
+    on_ranks(tmp_path, 2, let_go_late)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 import warnings
 from collections.abc import Mapping
 from datetime import timedelta
@@ -20,6 +21,9 @@ from underpaint.errors import ConfigError, UnderpaintError
 __all__ = ["Ranks", "lost_connection"]
 
 _T = TypeVar("_T")
+
+# Seconds that are thousands of times what a thread needs, on a machine where it must wait for its turn too.
+_LETS_GO = 0.5
 
 
 @attrs.frozen
@@ -170,6 +174,11 @@ class Ranks:
         # After an error on one rank the others may hang in a collective, and NCCL would wait for them here.
         if dist.is_initialized() and (kind is None or self.world_size == 1 or self.device.type == "cpu"):
             self._import_deepspeed().comm.destroy_process_group()
+            if self.world_size > 1:
+                # DeepSpeed holds the groups until the process ends, so that nothing joins Gloo's threads. One that has
+                # yet to let go of the last operation's tensors needs the interpreter for it: once that has ended, the
+                # thread cannot have it and ends the process with SIGABRT.
+                time.sleep(_LETS_GO)
         for name, value in self._before.items():
             if value is None:
                 os.environ.pop(name, None)
