@@ -10,12 +10,7 @@ from attrs import validators as v
 
 from underpaint import ConfigError
 
-__all__ = ["AdapterConfig", "DecoderConfig", "ImporterConfig", "PyramidConfig", "groups"]
-
-
-def groups(channels: int) -> int:
-    """Return the groups of a GroupNorm: 32, but at least four channels in each."""
-    return min(32, max(1, channels // 4))
+__all__ = ["AdapterConfig", "DecoderConfig", "ImporterConfig", "PyramidConfig"]
 
 
 @attrs.frozen(kw_only=True)
@@ -39,7 +34,9 @@ class DecoderConfig:
     Attributes:
         width: Channels of the expanded latent, of the style code and of the widest blocks; a multiple or a divisor of
             the latent's channels.
-        base: Channels of the finest block; each coarser one has twice as many, up to `width`.
+        base: Channels of the finest block; each coarser one has twice as many, up to `width`. Every map must divide
+            into its normalisation groups: any multiple of 32 will do where `width` is one of 128, and any multiple of
+            4 where `width` is 64 or less.
         depths: ConvNeXt layers of the four blocks that the latent is fused into, and of the finer ones.
         heads: Attention heads in the three coarsest blocks.
         noise: A fixed random map for each ConvNeXt layer, added in it, as the published weights have: ``none``; with a
@@ -64,18 +61,6 @@ class DecoderConfig:
             raise ConfigError(
                 f"base is {self.base}, above width, which is {self.width}; the finest block is narrowest."
             )
-        # A half and a quarter of the width are what the fused copies of the latent have.
-        names = {self.width * 3 // 2: "width · 3/2", self.width * 5 // 4: "width · 5/4", self.width: "width"}
-        channels = self.base
-        while channels < self.width:
-            names[channels] = "base, or base doubled,"
-            channels *= 2
-        for count, name in names.items():
-            if count % groups(count):
-                raise ConfigError(
-                    f"{name} is {count} channels, which do not divide into {groups(count)} normalisation groups; make "
-                    "width a multiple of 128, or of 16 up to 64, and base a multiple of 32, or of 4 below 128."
-                )
 
 
 @attrs.frozen(kw_only=True)

@@ -9,15 +9,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from underpaint import GroupNorm
-from underpaint_vfmvae.config import groups
+from underpaint import ConfigError, GroupNorm
 
 __all__ = ["ConvNeXt", "EqualLinear", "Mapping", "SelfAttention", "ToRgb", "Upsample", "group_norm", "repeat_border"]
 
 
 def group_norm(channels: int) -> GroupNorm:
-    """Return the decoder's normalisation; its eps is 1e-5, where latent diffusion's decoders have 1e-6."""
-    return GroupNorm(groups(channels), channels, eps=1e-5)
+    """Return the decoder's normalisation, of 32 groups, but at least four channels in each.
+
+    Its eps is 1e-5, where latent diffusion's decoders have 1e-6. In the fusion the authors allow groups of a single
+    channel (vfm_vae.md §3.2): at their widths that is the same, and with narrower maps of one cell, as a latent of 4×4
+    has there, a norm over a single number would leave nothing.
+
+    Raises:
+        ConfigError: The channels do not divide into so many groups.
+    """
+    groups = min(32, max(1, channels // 4))
+    if channels % groups:
+        raise ConfigError(
+            f"A map of the decoder has {channels} channels, which do not divide into {groups} normalisation groups; "
+            "make width a multiple of 128 and base one of 32, or width 64 or less and base a multiple of 4."
+        )
+    return GroupNorm(groups, channels, eps=1e-5)
 
 
 class EqualLinear(nn.Module):

@@ -155,12 +155,14 @@ def test_pixels_stand_where_their_cells_do() -> None:
 @pytest.mark.parametrize(
     ("stride", "options", "message"),
     [
-        (14, {}, "give a stride of 14 px; choose the encoder's stride"),
+        (14, {}, "together give a stride of 14 px, which is no power of two; set tokenizer.stride"),
         (1, {}, "give a stride of 1 px"),
         (8, {"heads": 5}, "heads is 5, and a block with attention has 32 channels"),
         (8, {"width": 40}, "multiple of 16"),
-        (8, {"width": 96}, "width · 3/2 is 144 channels, which do not divide into 32"),
-        (8, {"width": 512, "base": 36}, "base, or base doubled, is 144 channels"),
+        (8, {"width": 96}, "A map of the decoder has 144 channels, which do not divide into 32"),
+        (8, {"width": 512, "base": 36}, "A map of the decoder has 144 channels"),
+        (8, {"width": 512, "base": 20}, "A map of the decoder has 208 channels"),
+        (8, {"width": 256, "base": 20}, "A map of the decoder has 144 channels"),
         (8, {"base": 64}, "base is 64, above width"),
         (8, {"depths": (1, 0)}, "both must be 1 or more"),
         (8, {"noise": "some"}, "noise"),
@@ -169,6 +171,15 @@ def test_pixels_stand_where_their_cells_do() -> None:
 def test_what_cannot_be_made_is_refused(stride: int, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make(4, stride, **options)
+
+
+@pytest.mark.parametrize("stride", [2, 4, 8, 16, 32])
+def test_widths_as_the_error_advises_can_be_made(stride: int) -> None:
+    wide = [(width, base) for width in (128, 256, 384, 512) for base in (32, 64, 96)]
+    narrow = [(width, base) for width in (16, 32, 48, 64) for base in range(4, width + 1, 4)]
+    for width, base in wide + narrow:
+        with torch.device("meta"):
+            make(4, stride, width=width, base=base, heads=1, depths=(1, 1))
 
 
 def test_latents_that_do_not_divide_the_width_are_refused() -> None:
