@@ -18,8 +18,10 @@ class OpenClipConfig:
 
     Attributes:
         layers: Blocks whose outputs become the maps, in any order; negative counts from the last.
+        embedding: Also give the tokens before the first block, positions added, as the first map, without final norm.
         norm: The tower's final norm, on every map: ``affine`` as trained, ``plain`` without scale and bias,
-            ``none`` leaves the blocks' raw outputs. The projection to the text space is never in a map.
+            ``none`` leaves the blocks' raw outputs; ``last`` is ``affine`` on the last block and leaves the others, as
+            VFM-VAE does. The projection to the text space is never in a map.
         stride: Pixels of the given image per cell; images are resized so that one patch covers it. None is
             the patch size, but 16 for patch 14: then 256 px gives 16×16 cells as the patch-16 models do.
         tag: open_clip's weight tag whose mean, std and activation hold for ``@file:`` and ``@random``. Needed
@@ -27,8 +29,9 @@ class OpenClipConfig:
     """
 
     layers: tuple[int, ...] = attrs.field(default=(-1,))
-    norm: Literal["affine", "plain", "none"] = attrs.field(
-        default="affine", validator=v.in_(("affine", "plain", "none"))
+    embedding: bool = False
+    norm: Literal["affine", "plain", "none", "last"] = attrs.field(
+        default="affine", validator=v.in_(("affine", "plain", "none", "last"))
     )
     stride: int | None = attrs.field(default=None, validator=v.optional(v.gt(0)))
     tag: str | None = None

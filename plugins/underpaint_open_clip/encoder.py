@@ -61,7 +61,8 @@ class OpenClipEncoder(Encoder):
         self.tower = make_tower(model, _quick_gelu(model, chosen))
         if load:
             load_tower(self.tower, model, chosen)
-        layers = _block_indices(config.layers, self.tower.depth, model)
+        blocks = _block_indices(config.layers, self.tower.depth, model)
+        maps = ((-1,) if config.embedding else ()) + blocks
         patch = self.tower.patch
         self.norm = config.norm
         if self.norm == "plain" and isinstance(self.tower.final_norm(), nn.Identity):
@@ -74,13 +75,13 @@ class OpenClipEncoder(Encoder):
         side = open_clip.get_model_config(model)["vision_cfg"].get("image_size", 224)
         height, width = (side, side) if isinstance(side, int) else side
         self.info = EncoderInfo(
-            channels=(self.tower.width,) * len(layers),
+            channels=(self.tower.width,) * len(maps),
             stride=config.stride or (16 if patch == 14 else patch),
             patch=patch,
             native_size=(int(height), int(width)),
             mean=tuple(images["mean"]),
             std=tuple(images["std"]),
-            layers=layers,
+            layers=maps,
             licence=_licence(model, chosen),
             source=_source(model, chosen),
         )
@@ -90,11 +91,12 @@ class OpenClipEncoder(Encoder):
         h, w = self.grid(images.shape[-2], images.shape[-1])
         pixels = self._prepare(images, (h * self.info.patch, w * self.info.patch))
         blocks, tokens, pooled = self.tower(pixels, self.info.layers)
-        maps = (self._finish(block).transpose(1, 2).contiguous() for block in blocks)
+        finished = [self._finish(item, layer) for item, layer in zip(blocks, self.info.layers, strict=True)]
+        maps = (item.transpose(1, 2).contiguous() for item in finished)
         return Features(
             maps=tuple(m.view(*m.shape[:2], h, w) for m in maps),
             pooled=pooled,
-            class_tokens=None if tokens is None else tuple(self._finish(token) for token in tokens),
+            class_tokens=None if tokens is None else tuple(map(self._finish, tokens, self.info.layers)),
         )
 
     def _prepare(self, images: Tensor, size: tuple[int, int]) -> Tensor:
@@ -109,11 +111,12 @@ class OpenClipEncoder(Encoder):
         ]
         return torch.cat(scaled, dim=1).to(next(self.tower.parameters()).dtype)
 
-    def _finish(self, tokens: Tensor) -> Tensor:
-        if self.norm == "none":
+    def _finish(self, tokens: Tensor, layer: int) -> Tensor:
+        # The embedding, layer -1, was never meant for the final norm.
+        if self.norm == "none" or layer < 0 or (self.norm == "last" and layer != self.tower.depth - 1):
             return tokens
         norm: Any = self.tower.final_norm()
-        if self.norm == "affine":
+        if self.norm in ("affine", "last"):
             result: Tensor = norm(tokens)
             return result
         return F.layer_norm(tokens, tokens.shape[-1:], eps=norm.eps)

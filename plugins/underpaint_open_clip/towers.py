@@ -40,7 +40,8 @@ class Tower(nn.Module, ABC):
     def forward(self, pixels: Tensor, layers: tuple[int, ...]) -> tuple[list[Tensor], list[Tensor] | None, Tensor]:
         """Return B×N×C patch tokens after each of `layers`, the B×C class tokens there, and the tower's B×E output.
 
-        A tower without class token gives None in their place.
+        Layer −1, which comes first, is what the first block is given. A tower without class token gives None in place
+        of class tokens.
         """
 
 
@@ -68,8 +69,9 @@ class NativeTower(Tower):
         positions = resample_abs_pos_embed(
             visual.positional_embedding[None], new_size=list(grid), old_size=list(visual.grid_size)
         )
-        x = visual.ln_pre(torch.cat([token, patches], dim=1) + positions.to(patches.dtype))
-        x, blocks = visual.transformer.forward_intermediates(x, indices=list(layers))
+        embedded = visual.ln_pre(torch.cat([token, patches], dim=1) + positions.to(patches.dtype))
+        x, blocks = visual.transformer.forward_intermediates(embedded, indices=[n for n in layers if n >= 0])
+        blocks = [embedded, *blocks] if -1 in layers else blocks
         pooled = visual._pool(x)[0]
         pooled = pooled if visual.proj is None else pooled @ visual.proj
         return [block[:, 1:] for block in blocks], [block[:, 0] for block in blocks], pooled
@@ -95,10 +97,16 @@ class TrunkTower(Tower):
         trunk = self.visual.trunk
         has_class = trunk.cls_token is not None
         tokens, found = trunk.forward_intermediates(
-            pixels, indices=list(layers), output_fmt="NLC", return_prefix_tokens=has_class
+            pixels, indices=[n for n in layers if n >= 0], output_fmt="NLC", return_prefix_tokens=has_class
         )
         blocks = [patches for patches, _ in found] if has_class else found
         classes = [prefix[:, 0] for _, prefix in found] if has_class else None
+        if -1 in layers:
+            # Computed twice: forward_intermediates does not give it, and it is a thousandth of the network's work.
+            embedded = trunk._pos_embed(trunk.patch_embed(pixels))
+            x = trunk.norm_pre(embedded[0] if isinstance(embedded, tuple) else embedded)
+            blocks = [x[:, trunk.num_prefix_tokens :], *blocks]
+            classes = None if classes is None else [x[:, 0], *classes]
         return blocks, classes, self.visual.head(trunk.forward_head(tokens))
 
 

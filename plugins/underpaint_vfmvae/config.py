@@ -84,7 +84,8 @@ class ImporterConfig:
     """Options of ``vfm-vae``.
 
     Attributes:
-        encoder: Encoder that the tokenizer was trained on. The file's own copy of it is not read.
+        encoder: Encoder that the tokenizer was trained on. The file's own copy of it is not taken; where there is one,
+            its patch embedding must be this encoder's.
         options: Options of the encoder. The default gives a 256 px image to SigLIP 2 as 512 px, and takes the tokens
             after the patch embedding, block 12 and the last block, the last one normalised.
         noise: What becomes of the noise maps of the published weights and their factors: ``fold`` multiplies them, so

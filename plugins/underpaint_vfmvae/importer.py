@@ -9,6 +9,7 @@ from typing import Any
 
 import attrs
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import underpaint
@@ -25,6 +26,12 @@ LEFT_OUT: Mapping[str, str] = {
     r"synthesis\.blocks\.\d+\.(seperate|last)_upsample_conv\.blur_weight": "the fixed binomial blur",
 }
 """Keys of the file that have no place in the tokenizer, as patterns, each with the reason."""
+
+_NOISE = {
+    "none": "the file has none",
+    "fixed": "multiplied by their factors, and fixed",
+    "learned": "kept with their factors, which can be trained",
+}
 
 _PROJECTION = {
     "attention_norm": "norm1",
@@ -83,6 +90,7 @@ class VfmVae(Importer):
         encoder = underpaint.create("encoder", self._config.encoder, **self._config.options)
         assert isinstance(encoder, Encoder)
         sizes.check_encoder(encoder, source)
+        _check_copy(state, encoder, source)
         adapter = underpaint.create(
             "adapter",
             "vfmvae/adapter",
@@ -110,6 +118,8 @@ class VfmVae(Importer):
             "facts": [
                 "Imported from the published weights of VFM-VAE (Bi et al. 2025, arXiv 2510.18457).",
                 "Their authors offer them for research use only.",
+                f"Noise maps: {_NOISE[noise]}.",
+                *_left_out(state),
             ],
         }
         return Tokenizer(encoder, adapter, decoder, about=about).eval()
@@ -271,6 +281,27 @@ def _check_keys(state: Mapping[str, Tensor], wanted: _Wanted, source: str) -> No
         raise _other_layout(state, source, f"it has {_first(strange)}, which this layout does not know")
 
 
+def _check_copy(state: Mapping[str, Tensor], encoder: Encoder, source: str) -> None:
+    """Compare the encoder's own copy in the file, if it is there, with `encoder`, by the weights that see the image."""
+    kernels = [parameter.detach() for parameter in encoder.parameters() if parameter.ndim == 4]
+    advice = "set the importer's options 'encoder' and 'options' to what the tokenizer was trained on."
+    for key, value in state.items():
+        if not key.startswith("vfm_encoder.") or value.ndim != 4:
+            continue
+        same = [kernel for kernel in kernels if kernel.shape == value.shape]
+        if not same:
+            raise DataError(
+                f"'{source}' was trained on another encoder than '{encoder.spec.name}', which has no weights of the "
+                f"shape {list(value.shape)}, that of '{key}'; {advice}"
+            )
+        # Half precision, and the libraries' own ways of converting the same weights, leave far more than this.
+        if not any(F.cosine_similarity(kernel.flatten(), value.flatten().to(kernel), dim=0) > 0.99 for kernel in same):
+            raise DataError(
+                f"'{source}' was trained on another encoder than '{encoder.spec.name}': '{key}' has other values than "
+                f"its weights; {advice}"
+            )
+
+
 def _check_constants(state: Mapping[str, Tensor], source: str) -> None:
     for key, value in state.items():
         if key.endswith(".zero_k_bias"):
@@ -318,6 +349,16 @@ def _first(keys: Mapping[str, Any] | list[str], limit: int = 3) -> str:
 
 
 # ----------------------------------------------------------------------------------------------- values
+
+
+def _left_out(state: Mapping[str, Tensor]) -> list[str]:
+    """Say what of the file is not in the tokenizer, and why."""
+    found = {pattern: [key for key in state if re.fullmatch(pattern, key)] for pattern in LEFT_OUT}
+    return [
+        f"Left out: {len(keys)} tensor{'s' * (len(keys) > 1)} such as '{keys[0]}' ({LEFT_OUT[pattern]})."
+        for pattern, keys in found.items()
+        if keys
+    ]
 
 
 def _part(values: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

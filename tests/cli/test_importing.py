@@ -47,6 +47,7 @@ def test_tokenizer_and_diffusion_model_become_a_generator(files: Path) -> None:
     alone = underpaint.load(files / "sit")
     assert isinstance(alone, Denoiser)
     assert alone.about["title"] == "Imported from sit"
+    assert "  Read from 'sit.pt'." in done.output.splitlines()
     assert alone.guided_channels == 3
 
     done = call("sit", files / "sit.pt", files / "both", "heads=4", "--tokenizer", files / "vae")

@@ -13,6 +13,7 @@ from underpaint.errors import ConfigError
 from underpaint.models.build import build_tokenizer
 from underpaint.models.folders import save_tokenizer
 from underpaint.models.tokenizer import Tokenizer
+from underpaint.run.recipes import load_recipe
 
 DECODER = {"name": "vfmvae/decoder", "width": 16, "base": 16, "depths": [1, 1], "heads": 4}
 
@@ -38,6 +39,28 @@ def test_any_encoder_gives_the_same_grid(encoder: Any) -> None:
     with torch.no_grad():
         assert tokenizer.encode(images).shape == (1, 8, 4, 2)
         assert tokenizer.reconstruct(images).shape == images.shape
+
+
+@pytest.mark.parametrize(
+    ("name", "middle", "width", "patch"),
+    [
+        ("timm/vit_large_patch14_dinov2@random", 11, 1024, 14),
+        ("timm/vit_base_patch16_siglip_512@random", 5, 768, 16),
+        ("timm/vit_large_patch16_224@random", 11, 1024, 16),
+        ("open_clip/ViT-L-14@random", 11, 1024, 14),
+        ("open_clip/EVA02-L-14@random", 11, 1024, 14),
+        ("timm/eva_giant_patch14_336@random", 19, 1408, 14),
+    ],
+)
+def test_vfm_vaes_recipe_takes_encoders_of_every_family(name: str, middle: int, width: int, patch: int) -> None:
+    entry = f"tokenizer.encoder={{name: {name}, embedding: true, layers: [{middle}, -1], norm: last}}"
+    recipe = load_recipe("recipe:vfm-vae", [entry])
+    with torch.device("meta"):
+        tokenizer = build_tokenizer(recipe.tokenizer, seed=0)
+        assert tokenizer.encoder.info.layers == (-1, middle, 2 * middle + 1)
+        assert tokenizer.encoder.info.channels == (width,) * 3
+        assert (tokenizer.encoder.info.patch, tokenizer.stride) == (patch, 16)
+        assert tokenizer.encode(torch.empty(1, 3, 256, 192)).shape == (1, 32, 16, 12)
 
 
 def test_without_it_encoder_and_adapter_decide() -> None:

@@ -91,6 +91,28 @@ def test_maps_take_the_final_norm_and_no_projection() -> None:
     torch.testing.assert_close(plain.mean(1), torch.zeros(2, 2, 3, dtype=torch.double), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("model", [NATIVE, TRUNK])
+def test_embedding_is_what_the_first_block_is_given(model: str) -> None:
+    encoder = make(model, layers=(0, -1), norm="last", embedding=True)
+    assert encoder.info.layers == (-1, 0, encoder.tower.depth - 1)
+    visual = encoder.tower.visual
+    block = visual.transformer.resblocks[0] if model == NATIVE else visual.trunk.blocks[0]
+    given: list[Tensor] = []
+    block.register_forward_pre_hook(lambda _, arguments: given.append(arguments[0]))
+    images = picture(96, 64)
+    features = encoder(images)
+    first, *others = (m.flatten(2).transpose(1, 2) for m in features.maps)
+    prefix = given[0].shape[1] - first.shape[1]
+    torch.testing.assert_close(first, given[0][:, prefix:])
+    raw = make(model, layers=(0, -1), norm="none")(images)
+    plain = [m.flatten(2).transpose(1, 2) for m in raw.maps]
+    torch.testing.assert_close(others[0], plain[0])
+    torch.testing.assert_close(others[1], encoder.tower.final_norm()(plain[1]), rtol=1e-4, atol=1e-4)
+    if prefix:
+        torch.testing.assert_close(features.class_tokens[0], given[0][:, 0])
+        torch.testing.assert_close(features.class_tokens[1], raw.class_tokens[0])
+
+
 def test_preprocessing_equals_open_clips_transform() -> None:
     # An 8-bit picture at the native size: open_clip's transform then only normalises.
     pixels = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)

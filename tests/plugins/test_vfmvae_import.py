@@ -472,6 +472,34 @@ def test_another_encoder_is_refused(published: State, tmp_path: Path) -> None:
         read(tmp_path, published, options={**options, "patch": 4})
 
 
+PATCHES = "vfm_encoder.encoder.vision_model.vision_model.embeddings.patch_embedding.weight"
+
+
+def test_the_files_copy_of_the_encoder_must_be_the_encoder(published: State, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    encoder = underpaint.create("encoder", ENCODER["encoder"], **ENCODER["options"])  # type: ignore[arg-type]
+    kernel = next(p for p in encoder.parameters() if p.ndim == 4).detach()
+    for copy in (kernel, kernel.half(), kernel.bfloat16()):
+        torch.manual_seed(5)
+        read(tmp_path, {**published, PATCHES: copy})
+    with pytest.raises(
+        DataError, match=rf"no weights of the shape \[24, 3, 14, 14\], that of '{PATCHES}'; set the imp"
+    ):
+        read(tmp_path, {**published, PATCHES: torch.zeros(24, 3, 14, 14)})
+    with pytest.raises(DataError, match=f"'{PATCHES}' has other values than its weights; set the importer's options"):
+        read(tmp_path, {**published, PATCHES: torch.randn(kernel.shape)})
+
+
+def test_the_tokenizer_says_what_was_left_out(published: State, tmp_path: Path) -> None:
+    facts = read(tmp_path, published).about["facts"]
+    assert "Noise maps: multiplied by their factors, and fixed." in facts
+    left = [fact for fact in facts if fact.startswith("Left out: ")]
+    assert [int(fact.split()[2]) for fact in left] == [400, 1, 1, 5, 11]
+    assert "(the frozen encoder, which is read from its own source)" in left[0]
+    kept = read(tmp_path, published, noise="keep").about["facts"]
+    assert "Noise maps: kept with their factors, which can be trained." in kept
+
+
 def test_the_default_encoder_is_the_published_one() -> None:
     config = ImporterConfig()
     assert config.encoder == "timm/vit_large_patch16_siglip_512@v2_webli"

@@ -16,6 +16,7 @@ from underpaint.data.latents import LatentCache
 from underpaint.errors import ConfigError, DataError
 from underpaint.models.generator import Generator
 from underpaint.models.tokenizer import Tokenizer
+from underpaint.run import pipeline
 from underpaint.run.data import build_cache, open_run_data
 from underpaint.run.folder import RunFolder
 from underpaint.run.pipeline import run_recipe
@@ -165,6 +166,17 @@ def test_non_square_images_go_through(tmp_path: Path) -> None:
     run_recipe(recipe, tmp_path / "run")
     generator = underpaint.load(tmp_path / "run")
     assert generator.sample(torch.tensor([0]), seeds=[0]).shape == (1, 3, 32, 48)
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_tf32_is_as_the_recipe_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tf32: bool) -> None:
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    for backend in backends:
+        monkeypatch.setattr(backend, "allow_tf32", not tf32)
+    found = []
+    monkeypatch.setattr(pipeline, "_run", lambda *_: found.extend(backend.allow_tf32 for backend in backends))
+    run_recipe(tiny_recipe(f"engine.tf32={str(tf32).lower()}"), tmp_path / "run")
+    assert found == [tf32, tf32]
 
 
 def test_loss_that_needs_a_teacher_is_refused_before_training(tmp_path: Path) -> None:

@@ -63,6 +63,8 @@ def import_(format_: str, source: str, destination: Path, options: tuple[str, ..
             f"The importer '{format_}' made a {type(model).__name__}; it must be a Tokenizer or a Denoiser."
         )
     click.echo(f"{destination}: {what} ({sum(p.numel() for p in model.parameters()):,} parameters)")
+    for fact in model.about.get("facts", ()):
+        click.echo(f"  {fact}")
 
 
 def _joined(model: Denoiser, location: str, format_: str) -> Generator:

@@ -70,6 +70,8 @@ class EngineConfig:
         zero: DeepSpeed ZeRO stage.
         precision: ``bf16`` keeps fp32 master weights; ``fp8`` is bf16 with the matrix products of the diffusion
             backbone's blocks in 8 bits, on GPUs that have them (extra ``fp8``).
+        tf32: Whether GPUs may round the factors of fp32 products to TF32 (10 bits of mantissa), as most recipes of the
+            field do; also what bf16 leaves in fp32.
         accumulation: Micro-batches per optimizer step.
         compile: Compile encoders, decoders, the blocks of backbones and what losses compute with, by torch.compile.
         deterministic: Bit-repeatable kernels, at some cost.
@@ -83,6 +85,7 @@ class EngineConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     zero: Literal[0, 1, 2, 3] = 0
     precision: Precision = "fp32"
+    tf32: bool = True
     accumulation: int = attrs.field(default=1, validator=positive)
     compile: bool = False
     deterministic: bool = False

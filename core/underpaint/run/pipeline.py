@@ -81,8 +81,8 @@ def run_recipe(recipe: Recipe, out: Path, *, until: str | None = None) -> None:
                 # Read by cuBLAS when it is first used.
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
                 torch.use_deterministic_algorithms(True)
-            torch.backends.cuda.matmul.allow_tf32 = True
-            torch.backends.cudnn.allow_tf32 = True
+            torch.backends.cuda.matmul.allow_tf32 = recipe.engine.tf32
+            torch.backends.cudnn.allow_tf32 = recipe.engine.tf32
             _on_main(ranks, lambda: folder.claim(recipe))
             manager().call("on_train_start", folder=out, config=plain_recipe(recipe))
             data = leave_out_small(open_run_data(recipe.data), folder.small_images, ranks)

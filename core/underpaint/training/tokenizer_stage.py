@@ -205,7 +205,8 @@ class TokenizerModule(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor], StepTensors]:
         """Compute the loss of B×H×W×3 uint8 images, and return all that it was computed from.
 
-        Losses are computed in float32 whatever the precision of the parts.
+        Losses are given float32 and add up in it whatever the precision of the parts. In bf16 their networks compute
+        under autocast like the parts, but for what a loss itself takes out of it, as SSIM and the VF loss do.
         """
         losses: WeightedLosses
         losses, teacher = self._outside
