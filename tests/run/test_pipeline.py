@@ -171,11 +171,16 @@ def test_non_square_images_go_through(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tf32", [True, False])
 def test_tf32_is_as_the_recipe_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tf32: bool) -> None:
     backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    for backend in backends:
-        monkeypatch.setattr(backend, "allow_tf32", not tf32)
-    found = []
+    before = [backend.allow_tf32 for backend in backends]
+    found: list[bool] = []
     monkeypatch.setattr(pipeline, "_run", lambda *_: found.extend(backend.allow_tf32 for backend in backends))
-    run_recipe(tiny_recipe(f"engine.tf32={str(tf32).lower()}"), tmp_path / "run")
+    try:
+        for backend in backends:
+            backend.allow_tf32 = not tf32
+        run_recipe(tiny_recipe(f"engine.tf32={str(tf32).lower()}"), tmp_path / "run")
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.allow_tf32 = value
     assert found == [tf32, tf32]
 
 
