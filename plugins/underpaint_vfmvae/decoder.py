@@ -48,8 +48,8 @@ class Decoder(DecoderInterface):
         if stride < 2 or stride & (stride - 1):
             raise ConfigError(
                 f"The decoder 'vfmvae/decoder' doubles the latent's resolution step by step, and the encoder and "
-                f"adapter together give a stride of {stride} px, which is no power of two; set tokenizer.stride to "
-                "one, such as 16, and the encoder is fitted to it."
+                f"adapter together give a stride of {stride} px, where 2, 4, 8, 16 or 32 would do; set "
+                "tokenizer.stride to one of these, and the encoder is fitted to it."
             )
         count = stride.bit_length() + 1
         widths = [min(config.base * 2 ** (count - 1 - i), config.width) for i in range(count)]

@@ -16,7 +16,7 @@ from PIL import Image
 from tests.models.test_folders import make_generator
 
 from underpaint.cli import models
-from underpaint.cli.models import evaluate
+from underpaint.cli.models import evaluate, reconstruct
 from underpaint.config.component import ComponentConfig
 from underpaint.config.diffusion import GuidanceConfig
 from underpaint.models.folders import save_generator
@@ -127,3 +127,42 @@ def test_the_cpu_is_refused_for_products_in_8_bits_before_anything_is_measured(
     result = call(model, images, "--metric", FRECHET, "--precision", "fp8")
     assert result.exit_code == 1
     assert "no matrix products in 8 bits; use bf16" in str(result.exception)
+
+
+def test_only_numbers_are_replaced_by_numbers(model: Path, images: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "numbers.json"
+    assert call(model, images, "--save", str(saved)).exit_code == 0
+    assert call(model, images, "--save", str(saved), "--seed", "0", "--metric", FRECHET).exit_code == 0
+    assert {entry["name"] for entry in json.loads(saved.read_text())["numbers"]} > {"psnr", "ssim"}
+    for name, text in (("config.yaml", "name: mine"), ("other.json", "{}")):
+        (tmp_path / name).write_text(text)
+        result = call(model, images, "--save", str(tmp_path / name))
+        assert result.exit_code == 1
+        assert f"{name}', which exists and holds no numbers of an earlier --save; choose" in str(result.exception)
+        assert (tmp_path / name).read_text() == text
+
+
+def test_a_file_to_compare_with_is_read_before_anything_is_measured(
+    model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "_reconstruction", lambda *_: pytest.fail("It measured before it looked."))
+    (tmp_path / "other.json").write_text("{}")
+    result = call(model, images, "--compare", str(tmp_path / "other.json"))
+    assert result.exit_code == 1
+    assert "is not a file of numbers" in str(result.exception)
+
+
+def test_reconstructions_go_to_a_png_and_replace_nothing_else(model: Path, images: Path, tmp_path: Path) -> None:
+    def run(out: Path) -> Result:
+        return CliRunner().invoke(reconstruct, [str(model), "--data", str(images), "--count", "2", "--out", str(out)])
+
+    (tmp_path / "photo.jpg").write_bytes(b"mine")
+    (tmp_path / "folder.png").mkdir()
+    for out in (tmp_path / "photo.jpg", tmp_path, tmp_path / "folder.png"):
+        result = run(out)
+        assert result.exit_code == 1
+        assert f"--out is '{out}'; the pictures become one PNG file" in str(result.exception)
+    assert (tmp_path / "photo.jpg").read_bytes() == b"mine"
+    assert run(tmp_path / "new" / "pictures.png").exit_code == 0
+    with Image.open(tmp_path / "new" / "pictures.png") as picture:
+        assert picture.format == "PNG"

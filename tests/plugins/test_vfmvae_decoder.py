@@ -155,7 +155,7 @@ def test_pixels_stand_where_their_cells_do() -> None:
 @pytest.mark.parametrize(
     ("stride", "options", "message"),
     [
-        (14, {}, "together give a stride of 14 px, which is no power of two; set tokenizer.stride"),
+        (14, {}, "together give a stride of 14 px, where 2, 4, 8, 16 or 32 would do; set tokenizer.stride"),
         (1, {}, "give a stride of 1 px"),
         (8, {"heads": 5}, "heads is 5, and a block with attention has 32 channels"),
         (8, {"width": 40}, "multiple of 16"),

@@ -163,3 +163,54 @@ def test_a_build_cut_short_encodes_only_the_shards_that_are_missing(
     assert tokenizer.images == len(data.train_indices) - 10 * done
     assert again.fingerprint == whole.fingerprint
     check_cache(tmp_path / "cut", attrs.evolve(whole.identity))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refused(folder: Path, data: RunData, message: str, rebuild: bool) -> None:
+    before = files(folder)
+    with pytest.raises(ConfigError, match=message), Ranks("cpu") as ranks:
+        config = LatentsConfig(shard=10, batch=4, dtype="float32")
+        build_cache(folder, cast("Tokenizer", Pooling()), data, config, ranks, rebuild=rebuild)
+    assert files(folder) == before
+
+
+@pytest.mark.parametrize("rebuild", [True, False])
+@pytest.mark.parametrize("with_cache", [True, False])
+def test_what_is_no_cache_is_left_alone(tmp_path: Path, data: RunData, rebuild: bool, with_cache: bool) -> None:
+    if with_cache:
+        encode(tmp_path, data)
+        if not rebuild:
+            (tmp_path / "index.json").unlink()  # or the cache that is there would only be read
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "1.jpg").write_bytes(b"mine")
+    refused(tmp_path, data, "holds 'photos', which is no part of a latent cache; choose another folder", rebuild)
+    (tmp_path / "photos").rename(tmp_path / "shard-00000.tar")
+    refused(tmp_path, data, "holds 'shard-00000.tar'", rebuild)
+
+
+@pytest.mark.parametrize("name", ["index.json", "shard-00000.npy", "statistics.npy"])
+def test_files_named_like_a_caches_are_not_deleted(tmp_path: Path, data: RunData, name: str) -> None:
+    (tmp_path / name).write_bytes(b"{}")
+    refused(tmp_path, data, f"holds '{name}' and no latent cache", True)
+
+
+def test_a_rebuild_deletes_the_cache_and_nothing_hidden(tmp_path: Path, data: RunData) -> None:
+    folder = tmp_path / "cache"
+    before = encode(folder, data, flip=True).identity
+    (folder / ".nfs1").write_bytes(b"of the system")
+    assert before.flip
+    (folder / "build.json").write_text((folder / "build.json").read_text()[:-40])
+    with Ranks("cpu") as ranks:
+        config = LatentsConfig(shard=20, batch=4, dtype="float32")
+        cache = build_cache(folder, cast("Tokenizer", Pooling()), data, config, ranks, rebuild=True)
+    assert not cache.identity.flip
+    assert not list(folder.glob("*.flipped.npy"))
+    assert (folder / ".nfs1").read_bytes() == b"of the system"
+    # A first build in a place that does not exist, and one where a file is.
+    encode(tmp_path / "new", data)
+    (tmp_path / "taken").write_bytes(b"mine")
+    refused(tmp_path / "taken", data, "is a file; a latent cache is a folder", True)
+    assert (tmp_path / "taken").read_bytes() == b"mine"

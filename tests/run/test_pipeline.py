@@ -134,6 +134,14 @@ def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.tex").read_text() == "mine"
 
 
+@pytest.mark.parametrize("text", ["lr: 3\n", "", "[]\n", "a: [\n"])
+def test_a_folder_with_a_config_of_something_else_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"config.yaml' is no recipe that .*: .* Choose another --out\."):
+        run_recipe(tiny_recipe(), tmp_path)
+    assert (tmp_path / "config.yaml").read_text() == text
+
+
 def test_interrupted_training_goes_on_bit_by_bit(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -123,7 +123,7 @@ def _open(data: str, tokenizer: Tokenizer, size: int | None, workers: int = 0) -
 @_batch
 @_workers
 @click.option("--check", is_flag=True, help="Encode nothing: read the cache and say what is wrong with it.")
-@click.option("--rebuild", is_flag=True, help="Delete what is in --out first.")
+@click.option("--rebuild", is_flag=True, help="Delete the cache that is in --out first.")
 @_device
 @_json
 def encode(
@@ -224,6 +224,8 @@ def reconstruct(model: str, data: str, out: Path, count: int, size: int | None, 
     from underpaint.config.recipe import write_atomically
     from underpaint.report.pictures import contact_sheet
 
+    if out.suffix.lower() != ".png" or out.is_dir():
+        raise ConfigError(f"--out is '{out}'; the pictures become one PNG file, so name one, such as 'pictures.png'.")
     tokenizer = _load_tokenizer(model).to(_pick(device))
     numbers, shown = _reconstruction(tokenizer, _open(data, tokenizer, size), count, 32, count)
     columns = min(len(shown.images), 8)
@@ -233,6 +235,7 @@ def reconstruct(model: str, data: str, out: Path, count: int, size: int | None, 
             assert block is not None
             part = block[start : start + columns]
             rows.append(np.concatenate([part, np.full((columns - len(part), *part.shape[1:]), 255, np.uint8)]))
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, contact_sheet(np.concatenate(rows), columns))
     _show(numbers, as_json)
     click.echo(f"Originals above, reconstructions below: {out}", err=True)
@@ -394,6 +397,14 @@ def evaluate(
     from underpaint.models.folders import load_folder
     from underpaint.models.generator import Generator
 
+    if save is not None and save.exists():
+        try:
+            read_numbers(save)
+        except DataError:
+            raise ConfigError(
+                f"--save is '{save}', which exists and holds no numbers of an earlier --save; choose another file."
+            ) from None
+    earlier = None if compare is None else read_numbers(compare)
     metrics = make_metrics([structure(_parsed(text), ComponentConfig, "--metric") for text in metric], _pick(device))
     found = load_folder(model).to(_pick(device))
     if isinstance(found, Denoiser):
@@ -422,8 +433,8 @@ def evaluate(
     if save is not None:
         write_numbers(save, numbers)
     _show(numbers, as_json)
-    if compare is not None:
-        _compare(numbers, read_numbers(compare), force)
+    if earlier is not None:
+        _compare(numbers, earlier, force)
 
 
 def _check_sampled(model: str, generates: bool) -> None:

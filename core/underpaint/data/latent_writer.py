@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,14 @@ from underpaint.data.latents import (
     shard_count,
     to_float32,
 )
-from underpaint.errors import DataError
+from underpaint.errors import ConfigError, DataError
 
-__all__ = ["LatentCacheWriter", "finite", "measure", "per_channel"]
+__all__ = ["LatentCacheWriter", "clear_cache", "finite", "measure", "per_channel"]
 
 _SCHEMA = pa.schema([("key", pa.string()), ("label", pa.int64()), ("text", pa.string())])
 # Samples per step of the statistics; the float64 copies of 16 common latents stay in the processor's cache.
 _CHUNK = 16
+_FILES = re.compile(r"(build|index)\.json|statistics\.npy|shard-\d{5,}(\.flipped)?\.(npy|arrow|json)")
 _log = logging.getLogger("underpaint")
 
 
@@ -53,6 +55,7 @@ class LatentCacheWriter:
 
     Raises:
         DataError: The folder holds a cache of something else, or cannot be written.
+        ConfigError: The folder holds files that are no part of a cache.
     """
 
     def __init__(
@@ -183,6 +186,7 @@ class LatentCacheWriter:
 
     def _folder_made(self) -> None:
         path = self.folder / "build.json"
+        _require_no_others(self.folder)
         with _disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             if not path.exists():
@@ -227,6 +231,41 @@ class LatentCacheWriter:
         bits = values.view(torch.int16) if identity.dtype == "bfloat16" else values
         stored: NDArray[Any] = bits.numpy().view(identity.stored_dtype)
         return stored
+
+
+def _require_no_others(folder: Path) -> None:
+    """Refuse a folder that holds more than a cache; hidden files, as systems leave them, do not count.
+
+    Raises:
+        ConfigError: It does; the message names the first file that is no part of a cache.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ConfigError(f"'{folder}' is a file; a latent cache is a folder, so choose another place.")
+    visible = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    strange = [path.name for path in visible if path.is_dir() or not _FILES.fullmatch(path.name)]
+    if strange:
+        raise ConfigError(
+            f"'{folder}' holds '{strange[0]}', which is no part of a latent cache; choose another folder."
+        )
+
+
+def clear_cache(folder: Path) -> None:
+    """Delete the files of a cache, and nothing else.
+
+    Raises:
+        ConfigError: The folder holds something else, or files of these names without a cache's plan or index.
+    """
+    _require_no_others(folder)
+    files = [path for path in folder.glob("*") if _FILES.fullmatch(path.name)]
+    heads = [path for path in files if path.name in ("build.json", "index.json")]
+    # Even of a damaged one the beginning is there, and says what it was.
+    if files and not any(b'"identity"' in path.read_bytes() for path in heads):
+        raise ConfigError(f"'{folder}' holds '{files[0].name}' and no latent cache; choose another folder.")
+    with _disk_errors(folder):
+        for path in [*(path for path in files if path not in heads), *heads]:
+            path.unlink(missing_ok=True)
 
 
 def finite(values: Tensor, identity: CacheIdentity) -> NDArray[np.bool_]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from underpaint.config.data import DataConfig, LatentsConfig
-from underpaint.data.latent_writer import LatentCacheWriter
+from underpaint.data.latent_writer import LatentCacheWriter, clear_cache
 from underpaint.data.latents import CacheIdentity, LatentCache, draw_latents
 from underpaint.data.loader import Batch, ImageLoader, ImagePass
 from underpaint.data.order import Blocks, Order, sample_seed
@@ -243,11 +242,12 @@ def build_cache(
         data: Whose training images are encoded, cut from the middle.
         config: Storage.
         ranks: Each rank encodes its shards.
-        rebuild: Delete what is there first.
+        rebuild: Delete the cache that is there first.
 
     Raises:
         DataError: The folder holds a cache of another tokenizer, data set or size.
-        ConfigError: Posteriors or samples are to be stored and the tokenizer's latents are points.
+        ConfigError: The folder holds other files than a cache's; or posteriors or samples are to be stored and the
+            tokenizer's latents are points.
     """
     height, width = data.config.height, data.config.width
     rows, columns = tokenizer.grid(height, width)
@@ -264,7 +264,7 @@ def build_cache(
         count=len(data.train_indices),
     )
     if rebuild and ranks.is_main:
-        shutil.rmtree(folder, ignore_errors=True)
+        clear_cache(folder)
     ranks.barrier()
     if not (folder / "index.json").exists():
         writer = LatentCacheWriter(

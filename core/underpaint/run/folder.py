@@ -79,11 +79,17 @@ class RunFolder:
                 raise ConfigError(f"'{self.root}' holds '{sorted(strange)[0]}' and no run; choose another --out.")
             write_atomically(self.config, dump_recipe(recipe))
             return
+        try:
+            before = plain_recipe(recipe_from_plain(read_yaml(self.config)))
+        except ConfigError as error:
+            raise ConfigError(
+                f"'{self.config}' is no recipe that this version of underpaint with its plugins reads: {error} Choose "
+                "another --out."
+            ) from error
         if not any((self.root / name).exists() for name in ("stages", "latents", "tokenizer", "generator")):
             # A recipe that was refused has left nothing behind that the mended one could not be run on.
             write_atomically(self.config, dump_recipe(recipe))
             return
-        before = plain_recipe(recipe_from_plain(read_yaml(self.config)))
         now = plain_recipe(recipe)
         different = [
             f"{path} was {old!r} and is {new!r}"
