@@ -173,3 +173,47 @@ def test_exit_codes_and_json(bench: Bench, monkeypatch: pytest.MonkeyPatch, caps
     assert "Report: out/report.html" in capsys.readouterr().out
     (bench.out / "behaviour.json").write_text("{}")
     assert call(monkeypatch, "bench", "run", str(path), "--out", "out", "--launcher", fake) == 0
+
+
+@pytest.mark.parametrize("action", ["run", "report"])
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("report.html", "mine", "report.html' exists and belongs to no report of a matrix"),
+        ("report.md", "mine", "report.md' exists and belongs to no report of a matrix"),
+        ("results.json", '{"mine": 1}', "results.json' exists and holds no results of a matrix"),
+        ("results.json", '{"matrix": {"name": "duo"}}', "holds the results of matrix 'duo', not of 'trio'"),
+    ],
+)
+def test_only_a_report_of_the_matrix_is_replaced(
+    action: str,
+    name: str,
+    text: str,
+    message: str,
+    bench: Bench,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = write_matrix(bench.folder)
+    bench.run(path)
+    bench.calls()
+    (bench.out / name).write_text(text)
+    assert call(monkeypatch, "bench", action, str(path), "--out", str(bench.out)) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "choose another --out" in error
+    assert bench.calls() == []
+    assert (bench.out / name).read_text() == text
+
+
+def test_figures_are_those_of_a_report(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_matrix(bench.folder)
+    bench.run(path)
+    (bench.out / "figures").mkdir()
+    assert call(monkeypatch, "bench", "report", str(path), "--out", str(bench.out)) == 2
+    assert "figures' exists and belongs to no report" in capsys.readouterr().err
+    (bench.out / "figures").rmdir()
+    for _ in range(2):
+        assert call(monkeypatch, "bench", "report", str(path), "--out", str(bench.out)) == 0

@@ -135,7 +135,7 @@ def test_config_mistakes_end_before_torch_is_imported(tmp_path: Path, override: 
         (["train", "recipe:quickstart", "--until", "nope"], "its steps are align, perceive, refine"),
         (["quickstart", "--data", "absent"], "There is no data at 'absent'"),
         (["sample", "absent", "--out", "x"], "'absent' does not exist"),
-        (["report", "absent"], "does not exist"),
+        (["report", "absent"], "There is no run folder 'absent'"),
         (["recipes", "show", "recipe:none"], "There is no recipe 'none'"),
     ],
 )

@@ -277,6 +277,23 @@ def test_new_refuses_bad_names(tmp_path: Path, name: str) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["timm", "open-clip", "underpaint-tiny", "scenes"])
+def test_new_hides_no_installed_plugin(tmp_path: Path, name: str) -> None:
+    result = _run("new", name, "--out", str(tmp_path))
+    assert isinstance(result.exception, ConfigError)
+    taken = name.removeprefix("underpaint-")
+    assert f"'{taken}' is the name of an installed plugin, from 'underpaint 0." in str(result.exception)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_new_hides_no_importable_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "installed" / "underpaint_lab").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path / "installed")
+    result = _run("new", "lab", "--out", str(tmp_path / "new"))
+    assert isinstance(result.exception, ConfigError)
+    assert "from 'module underpaint_lab'" in str(result.exception)
+
+
 def test_new_accepts_the_prefix(tmp_path: Path) -> None:
     assert _run("new", "underpaint-lab", "--out", str(tmp_path)).exit_code == 0
     assert (tmp_path / "underpaint-lab" / "underpaint_lab").is_dir()

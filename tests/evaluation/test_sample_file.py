@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from underpaint.evaluation.sample_file import SampleFile
+from underpaint.evaluation.sample_file import SampleFile, holds_samples
 
 
 def pictures(count: int) -> torch.Tensor:
@@ -67,3 +67,18 @@ def test_too_few_images_are_a_bug(tmp_path: Path) -> None:
     with pytest.raises(AssertionError), SampleFile(tmp_path / "a.npz", 4) as file:
         file.add(pictures(3))
     assert not list(tmp_path.iterdir())
+
+
+def test_its_files_are_known_by_their_layout(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    for labels in (None, np.arange(4)):
+        with SampleFile(path, 4, labels) as file:
+            file.add(pictures(4))
+        assert holds_samples(path)
+    images = pictures(4).numpy()
+    for arrays in ({"images": images}, {"arr_0": images[0]}, {"arr_0": images.astype(np.float32)}, {}):
+        np.savez(path, **arrays)  # type: ignore[arg-type]
+        assert not holds_samples(path)
+    path.write_bytes(b"mine")
+    assert not holds_samples(path)
+    assert not holds_samples(tmp_path)

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from underpaint.bench.cells import CellRecord, cell_folder
+from underpaint.bench.place import RESULTS
 from underpaint.bench.results import CellResult, Column, Results, columns, plain_results
 from underpaint.config.recipe import write_atomically
 from underpaint.report.curves import curve_svg
@@ -76,13 +77,14 @@ def write_matrix_report(results: Results, *, force: bool = False) -> Path:
     sheets = _sheets(results)
     samples = {name: run.samples[:_SHOWN] for name, run in runs.items() if run.samples is not None}
     curves = _curves(runs)
-    (out / "figures").mkdir(parents=True, exist_ok=True)
+    plain = json.dumps(plain_results(results), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    # First, since it says whose the other files are.
+    write_atomically(out / RESULTS, plain)
+    (out / "figures").mkdir(exist_ok=True)
     files: dict[str, str] = {}
     for name, caption, data in _files(sheets, samples, curves):
         write_atomically(out / "figures" / name, data)
         files[caption] = f"figures/{quote(name)}"
-    plain = json.dumps(plain_results(results), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_atomically(out / "results.json", plain)
     shown = {
         "matrix": results.matrix,
         "summary": _summary(results, runs, force),

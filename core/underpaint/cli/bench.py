@@ -12,6 +12,7 @@ import click
 
 from underpaint.bench.cells import read_record, select_cells
 from underpaint.bench.matrix import Cell, MatrixConfig, read_matrix, resolve_cells
+from underpaint.bench.place import check_place
 from underpaint.cli.output import print_json, print_table
 from underpaint.errors import ConfigError
 
@@ -102,7 +103,9 @@ def _resolve(path: Path, overrides: tuple[str, ...]) -> tuple[MatrixConfig, list
 
 
 def _place(out: Path | None, config: MatrixConfig) -> Path:
-    return (out or Path("runs") / config.name).expanduser()
+    place = (out or Path("runs") / config.name).expanduser()
+    check_place(place, config.name)
+    return place
 
 
 def _list(cells: list[Cell], out: Path, as_json: bool) -> None:

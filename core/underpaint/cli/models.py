@@ -294,6 +294,7 @@ def sample(
     from underpaint.evaluation.sample_file import SampleFile
     from underpaint.report.pictures import contact_sheet
 
+    _check_samples(out)
     generator = _load_generator(model).to(_pick(device))
     settings = _settings(generator, steps, guidance)
     inputs = _sample_inputs(generator, labels, text, count)
@@ -310,6 +311,24 @@ def sample(
                 shown.append(pixels[: _SHOWN - start].cpu().numpy())
     write_atomically(out / "grid.png", contact_sheet(np.concatenate(shown), min(8, count)))
     click.echo(f"{count} images: {out / 'grid.png'} and {out / 'samples.npz'}")
+
+
+def _check_samples(out: Path) -> None:
+    """Refuse a folder in which samples would replace something else than earlier samples.
+
+    Raises:
+        ConfigError: The message names the file.
+    """
+    from underpaint.evaluation.sample_file import holds_samples
+
+    grid, samples = out / "grid.png", out / "samples.npz"
+    if samples.exists() and not holds_samples(samples):
+        raise ConfigError(f"'{samples}' exists and was not written by 'underpaint sample'; choose another --out.")
+    # A picture does not say where it comes from; the images beside it do.
+    if grid.exists() and not samples.exists():
+        raise ConfigError(
+            f"'{grid}' exists without the samples.npz that 'underpaint sample' writes with it; choose another --out."
+        )
 
 
 def _settings(generator: Generator, steps: int | None, guidance: float | None) -> SamplingSettings:
@@ -491,9 +510,11 @@ def _show(numbers: list[Any], as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("run", type=click.Path(path_type=Path))
 def report(run: Path) -> None:
     """Write the report of a run folder again."""
     from underpaint.report.page import write_report
+    from underpaint.run.folder import RunFolder
 
+    RunFolder(run).require()
     click.echo(str(write_report(run)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shutil
 import tempfile
@@ -12,6 +13,7 @@ from typing import Any
 import attrs
 
 from underpaint.errors import ConfigError, suggest
+from underpaint.registration.discovery import find_candidates
 from underpaint.registration.names import KINDS
 
 __all__ = ["write_skeleton"]
@@ -48,6 +50,8 @@ _EXAMPLES = {
 def write_skeleton(name: str, kind: str, out: Path) -> Path:
     """Write the package ``underpaint-NAME`` with one component.
 
+    A name that is taken is not used again: the one package would hide the other wherever both are installed.
+
     Args:
         name: Name of the plugin, with or without ``underpaint-``.
         kind: Kind of its component.
@@ -57,7 +61,7 @@ def write_skeleton(name: str, kind: str, out: Path) -> Path:
         The package's folder.
 
     Raises:
-        ConfigError: The name or kind is not valid, or the folder exists.
+        ConfigError: The name or kind is not valid, the name is that of an installed plugin, or the folder exists.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -69,6 +73,7 @@ def write_skeleton(name: str, kind: str, out: Path) -> Path:
         )
     if kind not in KINDS:
         raise ConfigError(f"There is no kind '{kind}'. {suggest(kind, KINDS)}")
+    _check_free(name)
     example = _EXAMPLES[kind]
     values = {
         "name": name,
@@ -102,6 +107,16 @@ def write_skeleton(name: str, kind: str, out: Path) -> Path:
     return _write(
         out / f"underpaint-{name}", {path: templates.get_template(t).render(values) for path, t in files.items()}
     )
+
+
+def _check_free(name: str) -> None:
+    module = f"underpaint_{name.replace('-', '_')}"
+    taken = {name, name.replace("-", "_")}
+    owner = next((c.distribution or c.origin for c in find_candidates() if c.name in taken or c.origin == module), "")
+    if not owner and importlib.util.find_spec(module) is not None:
+        owner = f"module {module}"
+    if owner:
+        raise ConfigError(f"'{name}' is the name of an installed plugin, from '{owner}'; choose another name.")
 
 
 def _write(folder: Path, files: Mapping[str, str]) -> Path:

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["SampleFile"]
+__all__ = ["SampleFile", "holds_samples"]
 
 _WAITING = 2
 """Batches that may wait to be written; more would only hold memory."""
@@ -101,6 +101,22 @@ class SampleFile:
         self._zip.close()
         self._raw.flush()
         os.fsync(self._raw.fileno())
+
+
+def holds_samples(path: Path) -> bool:
+    """Return whether a file is one that `SampleFile` wrote, as far as its layout tells."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            if file.namelist() not in (["arr_0.npy"], ["arr_0.npy", "arr_1.npy"]):
+                return False
+            with file.open("arr_0.npy") as member:
+                version = np.lib.format.read_magic(member)
+                if version != (1, 0):
+                    return False
+                shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return False
+    return dtype == np.uint8 and len(shape) == 4 and shape[-1] == 3
 
 
 def _to_host(images: Tensor) -> Callable[[], NDArray[np.uint8]]:

@@ -9,7 +9,7 @@ import attrs
 
 from underpaint.config.recipe import dump_recipe, plain_recipe, read_yaml, recipe_from_plain, write_atomically
 from underpaint.config.schema import Recipe
-from underpaint.errors import ConfigError
+from underpaint.errors import ConfigError, DataError, NotFoundError
 
 __all__ = ["RunFolder"]
 
@@ -66,6 +66,24 @@ class RunFolder:
     def stage(self, name: str) -> Path:
         """Checkpoints, ``metrics.jsonl`` and result of a stage."""
         return self.root / "stages" / name
+
+    def require(self) -> None:
+        """Refuse a folder that no run has written; one whose files are damaged is taken.
+
+        Raises:
+            NotFoundError: There is no such folder.
+            DataError: It is something else.
+        """
+        if not self.root.is_dir():
+            raise NotFoundError(
+                f"There is no run folder '{self.root}'; 'underpaint train' and 'underpaint quickstart' make one."
+            )
+        missing = [path.name for path in (self.config, self.provenance) if not path.is_file()]
+        if missing:
+            raise DataError(
+                f"'{self.root}' is not the folder of a run, for it has no {missing[0]}; give the --out of an "
+                "'underpaint train' or 'underpaint quickstart'."
+            )
 
     def claim(self, recipe: Recipe) -> None:
         """Write the recipe into a new folder, or check that the folder holds a run of this recipe.
