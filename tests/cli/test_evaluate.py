@@ -104,6 +104,12 @@ def test_options_for_samples_need_a_distance(model: Path, images: Path, options:
     assert f"which {named} would change; add one, such as --metric '{{name: frechet" in str(result.exception)
 
 
+def test_force_needs_something_to_compare_with(model: Path, images: Path) -> None:
+    result = call(model, images, "--force")
+    assert result.exit_code == 1
+    assert "--force is for --compare, which is not given" in str(result.exception)
+
+
 def test_a_tokenizer_draws_no_samples(model: Path, images: Path) -> None:
     result = call(model / "tokenizer", images, "--metric", FRECHET, "--steps", "3")
     assert result.exit_code == 1

@@ -125,6 +125,14 @@ def test_fp8_without_a_diffusion_model_is_refused() -> None:
         recipe_from_plain(plain)
 
 
+def test_a_recipe_that_trains_nothing_is_refused() -> None:
+    nothing = ["stages=[]", "diffusion=null"]
+    with pytest.raises(ConfigError, match="trains nothing: stages is empty and diffusion is null; add one"):
+        recipe_from_plain(apply_overrides(minimal(), nothing))
+    # What a finished tokenizer is worth can be measured without training.
+    recipe_from_plain(apply_overrides(minimal(), [*nothing, "tokenizer={load: somewhere}"]))
+
+
 def test_dumped_recipe_reads_back(tmp_path: Path) -> None:
     recipe = recipe_from_plain(minimal())
     path = tmp_path / "config.yaml"

@@ -285,7 +285,7 @@ def test_a_partial_build_of_another_tokenizer_is_not_continued(tmp_path):
 
 def test_another_shard_size_is_refused(tmp_path):
     write_shard(LatentCacheWriter(tmp_path, IDENTITY, shard_size=SHARD), 0)
-    with pytest.raises(DataError, match=r"8 samples per shard where 16.*latents\.shard=8"):
+    with pytest.raises(DataError, match=r"8 samples per shard where 16.*latents\.shard=8, or --shard 8"):
         LatentCacheWriter(tmp_path, IDENTITY, shard_size=16)
 
 

@@ -10,7 +10,7 @@ from tests.registration.conftest import Load, Make
 from underpaint.errors import NotFoundError, PluginError
 from underpaint.registration import manager as manager_module
 from underpaint.registration.discovery import Candidate, Switches, find_candidates
-from underpaint.registration.manager import PluginManager, PluginWarning
+from underpaint.registration.manager import PluginManager, PluginWarning, manager, reset_manager
 
 BROKEN = {
     "raises_at_import": ('raise RuntimeError("no such library")', "RuntimeError: no such library"),
@@ -169,6 +169,38 @@ def test_switches(make: Make, load: Load) -> None:
     assert active(only=("a", "b"), off=("b",)) == ["a"]
     assert active(only=("b@underpaint-b",)) == ["b"]
     assert active(off=("b@somebody-else",)) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("UNDERPAINT_NO_PLUGINS", "tiny,timn", r"--no-plugin \(UNDERPAINT_NO_PLUGINS\) names 'timn'.* 'timm'"),
+        (
+            "UNDERPAINT_PLUGINS",
+            "blah",
+            r"--only-plugins \(UNDERPAINT_PLUGINS\) names 'blah', and no plugin is called so",
+        ),
+        ("UNDERPAINT_NO_PLUGINS", "timm@somebody-else", "Known: 'timm@underpaint'"),
+    ],
+)
+def test_switches_that_mean_no_plugin_are_refused(
+    variable: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    reset_manager()
+    with pytest.raises(PluginError, match=message):
+        manager()
+    monkeypatch.delenv(variable)
+    reset_manager()
+
+
+def test_a_switch_may_mean_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "plugin_mine.py").write_text("")
+    monkeypatch.setenv("UNDERPAINT_LOAD_PLUGINS", str(tmp_path / "plugin_mine.py"))
+    monkeypatch.setenv("UNDERPAINT_PLUGINS", "plugin_mine")
+    reset_manager()
+    assert [record.name for record in manager().records if record.status == "active"] == ["plugin_mine"]
+    reset_manager()
 
 
 def test_switches_from_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,6 +197,13 @@ def test_files_named_like_a_caches_are_not_deleted(tmp_path: Path, data: RunData
     refused(tmp_path, data, f"holds '{name}' and no latent cache", True)
 
 
+def test_a_finished_cache_of_other_shards_is_refused(tmp_path: Path, data: RunData) -> None:
+    encode(tmp_path, data)
+    config = LatentsConfig(shard=20, batch=4, dtype="float32")
+    with pytest.raises(DataError, match="10 samples per shard where 20.*--shard 10"), Ranks("cpu") as ranks:
+        build_cache(tmp_path, cast("Tokenizer", Pooling()), data, config, ranks)
+
+
 def test_a_rebuild_deletes_the_cache_and_nothing_hidden(tmp_path: Path, data: RunData) -> None:
     folder = tmp_path / "cache"
     before = encode(folder, data, flip=True).identity

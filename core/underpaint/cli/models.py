@@ -416,6 +416,8 @@ def evaluate(
     from underpaint.models.folders import load_folder
     from underpaint.models.generator import Generator
 
+    if force and compare is None:
+        raise ConfigError("--force is for --compare, which is not given; add it with a file, or leave out --force.")
     if save is not None and save.exists():
         try:
             read_numbers(save)

@@ -55,6 +55,11 @@ class Recipe:
     trackers: tuple[ComponentConfig, ...] = ()
 
     def __attrs_post_init__(self) -> None:
+        if not self.stages and self.diffusion is None and self.tokenizer.load is None:
+            raise ConfigError(
+                f"The recipe '{self.name}' trains nothing: stages is empty and diffusion is null; add one of them, or "
+                "measure a finished tokenizer that tokenizer.load names."
+            )
         seen: list[str] = []
         for index, stage in enumerate(self.stages):
             path = f"stages[{index}]"

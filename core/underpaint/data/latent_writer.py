@@ -29,6 +29,7 @@ from underpaint.data.latents import (
     read_json,
     read_plan,
     require_same,
+    require_shards,
     shard_count,
     to_float32,
 )
@@ -194,11 +195,7 @@ class LatentCacheWriter:
                 write_atomically(path, _json(plan))
         identity, shard_size = read_plan(path)
         require_same(self.folder, identity, self.identity)
-        if shard_size != self.shard_size:
-            raise DataError(
-                f"The latent cache '{self.folder}' has {shard_size} samples per shard where {self.shard_size} are "
-                f"asked for; set latents.shard={shard_size}, or delete that folder and run again."
-            )
+        require_shards(self.folder, shard_size, self.shard_size)
 
     def _record(self, shard: int) -> dict[str, Any] | None:
         """Return the commit mark of a shard, or None when the shard is not done."""

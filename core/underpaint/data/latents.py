@@ -113,6 +113,7 @@ class LatentCache:
         folder: Folder of the cache.
         identity: What it was made from.
         fingerprint: Hash of the latents.
+        shard_size: Samples per shard.
         records: Commit mark of every shard.
         files: Size in bytes and SHA-256 of every file of the cache but the index, by name.
         positions: Position in the data set of every sample of the cache, ascending.
@@ -138,7 +139,7 @@ class LatentCache:
         try:
             self.identity = CacheIdentity.from_json(index["identity"])
             self.fingerprint: str = index["hash"]
-            self._shard_size: int = index["shard_size"]
+            self.shard_size: int = index["shard_size"]
             self.records: list[dict[str, Any]] = index["shards"]
             self.files: dict[str, dict[str, Any]] = {}
             for part in [*self.records, index]:
@@ -280,7 +281,7 @@ class LatentCache:
         )
 
     def _located(self, indices: NDArray[np.integer[Any]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        shards, rows = np.divmod(self.positions[np.asarray(indices)], self._shard_size)
+        shards, rows = np.divmod(self.positions[np.asarray(indices)], self.shard_size)
         return shards, rows
 
     def _array(self, file: int) -> NDArray[Any]:
@@ -419,6 +420,16 @@ def require_same(folder: Path, found: CacheIdentity, wanted: CacheIdentity) -> N
     if different:
         raise DataError(
             f"The latent cache '{folder}' has {', and '.join(different)}; delete that folder and run the "
+            "same command again."
+        )
+
+
+def require_shards(folder: Path, found: int, wanted: int) -> None:
+    """Raise a `DataError` if a cache has other samples per shard than are asked for."""
+    if found != wanted:
+        raise DataError(
+            f"The latent cache '{folder}' has {found} samples per shard where {wanted} are asked for; set "
+            f"latents.shard={found}, or --shard {found} with 'underpaint encode', or delete that folder and run the "
             "same command again."
         )
 

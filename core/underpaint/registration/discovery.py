@@ -7,16 +7,16 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
 import attrs
 
-from underpaint.errors import PluginError
+from underpaint.errors import PluginError, suggest
 
-__all__ = ["GROUP", "Candidate", "Switches", "extra_candidate", "find_candidates"]
+__all__ = ["GROUP", "Candidate", "Switches", "check_switches", "extra_candidate", "find_candidates"]
 
 GROUP = "underpaint"
 """Entry-point group; the name of an entry point is the name of the plugin."""
@@ -99,6 +99,24 @@ def find_candidates(extra: Iterable[str] = ()) -> list[Candidate]:
     unique = {(c.name, c.origin, c.distribution): c for c in found}
     found = sorted(unique.values(), key=lambda c: (c.name, c.distribution))
     return found + [extra_candidate(text) for text in dict.fromkeys(extra)]
+
+
+def check_switches(switches: Switches, candidates: Sequence[Candidate]) -> None:
+    """Refuse switches that mean no plugin at all.
+
+    Raises:
+        PluginError: The message names the switch, and the plugin that was probably meant.
+    """
+    for where, tokens in (
+        ("--no-plugin (UNDERPAINT_NO_PLUGINS)", switches.off),
+        ("--only-plugins (UNDERPAINT_PLUGINS)", switches.only or ()),
+    ):
+        for token in tokens:
+            if not any(candidate.is_named(token) for candidate in candidates):
+                name = token.partition("@")[0]
+                same = [f"{name}@{c.distribution.partition(' ')[0]}" for c in candidates if c.name == name]
+                known = same or [candidate.name for candidate in candidates]
+                raise PluginError(f"{where} names '{token}', and no plugin is called so. {suggest(token, known)}")
 
 
 def extra_candidate(text: str) -> Candidate:

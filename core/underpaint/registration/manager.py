@@ -20,7 +20,7 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from underpaint import hookspecs
 from underpaint.errors import NotFoundError, PluginError, suggest
 from underpaint.registration.catalogue import Catalogue
-from underpaint.registration.discovery import Candidate, Switches, extra_candidate, find_candidates
+from underpaint.registration.discovery import Candidate, Switches, check_switches, extra_candidate, find_candidates
 from underpaint.registration.names import KINDS
 from underpaint.registration.registrar import RecipeRegistrar, Registrar
 
@@ -288,10 +288,17 @@ _manager: PluginManager | None = None
 
 
 def manager() -> PluginManager:
-    """Return the plugins of this process, loaded at the first call from the environment's switches."""
+    """Return the plugins of this process, loaded at the first call from the environment's switches.
+
+    Raises:
+        PluginError: A switch names no plugin, or a file that does not exist.
+    """
     global _manager
     if _manager is None:
-        _manager = PluginManager()
+        switches = Switches.from_environment()
+        candidates = find_candidates(switches.extra)
+        check_switches(switches, candidates)
+        _manager = PluginManager(switches, candidates)
     return _manager
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from underpaint.config.data import DataConfig, LatentsConfig
 from underpaint.data.latent_writer import LatentCacheWriter, clear_cache
-from underpaint.data.latents import CacheIdentity, LatentCache, draw_latents
+from underpaint.data.latents import CacheIdentity, LatentCache, draw_latents, require_shards
 from underpaint.data.loader import Batch, ImageLoader, ImagePass
 from underpaint.data.order import Blocks, Order, sample_seed
 from underpaint.data.resident import ResidentImages
@@ -245,7 +245,7 @@ def build_cache(
         rebuild: Delete the cache that is there first.
 
     Raises:
-        DataError: The folder holds a cache of another tokenizer, data set or size.
+        DataError: The folder holds a cache of another tokenizer, data set, image size or size of shards.
         ConfigError: The folder holds other files than a cache's; or posteriors or samples are to be stored and the
             tokenizer's latents are points.
     """
@@ -275,7 +275,9 @@ def build_cache(
         if ranks.is_main:
             writer.finish()
         ranks.barrier()
-    return LatentCache(folder, identity, statistics=config.statistics)
+    cache = LatentCache(folder, identity, statistics=config.statistics)
+    require_shards(folder, cache.shard_size, config.shard)
+    return cache
 
 
 @torch.inference_mode()
