@@ -48,7 +48,9 @@ def load_weights(location: str, *, nested: Sequence[str] = ("state_dict",)) -> d
         with fsspec.open(path, "rb") as file:
             data = file.read()
     except FileNotFoundError:
-        raise DataError(f"There is no weights file '{path}'; check the path after '@'.") from None
+        raise DataError(f"There is no weights file '{path}'; check the path.") from None
+    except IsADirectoryError:
+        raise DataError(f"'{path}' is a folder; name the weights file in it.") from None
     except (OSError, ImportError, ValueError) as error:
         raise DataError(f"The weights '{path}' cannot be read: {error}.") from error
     try:

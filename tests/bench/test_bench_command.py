@@ -143,6 +143,7 @@ def test_list_says_what_would_be_run(tmp_path: Path) -> None:
         (["run", "MATRIX", "--only", "sekond"], "Did you mean 'second'?"),
         (["run", "MATRIX", "--launcher", "torchrum -m"], "there is no such program"),
         (["run", "MATRIX", "data.sise=3"], "Cell 'one' of matrix 'trio': data has no key 'sise'"),
+        (["run", "MATRIX", "--out", "matrix.yaml"], "'matrix.yaml' is a file, and a matrix becomes a folder"),
         (["report", "MATRIX"], "No cell of matrix 'trio' was run"),
     ],
 )

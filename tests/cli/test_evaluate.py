@@ -80,7 +80,7 @@ def test_options_replace_single_settings(model: Path, images: Path) -> None:
         ("frechett", "Did you mean 'frechet'"),
         ("{name: frechet", "write a name, or name and options as '{name: frechet, encoder: tiny/vit}'"),
         ("{encoder: tiny/vit}", "lacks the key 'name'"),
-        ("psnr", "compares image by image and cannot measure samples"),
+        ("psnr", "--metric is 'psnr', which compares image by image and cannot measure samples; give a distance"),
     ],
 )
 def test_metrics_that_cannot_be_used_are_refused(model: Path, images: Path, metric: str, message: str) -> None:

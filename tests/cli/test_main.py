@@ -133,8 +133,15 @@ def test_config_mistakes_end_before_torch_is_imported(tmp_path: Path, override: 
         (["train", "recipe:quikstart"], "Did you mean 'quickstart'?"),
         (["train", "quickstart"], "Did you mean 'recipe:quickstart'?"),
         (["train", "recipe:quickstart", "--until", "nope"], "its steps are align, perceive, refine"),
+        (["train", "."], "'.' is a folder; name a YAML file, such as 'config.yaml'"),
+        (
+            ["train", "recipe:quickstart", "--out", "file"],
+            "file' is a file, and a run becomes a folder",
+        ),
         (["quickstart", "--data", "absent"], "There is no data at 'absent'"),
         (["sample", "absent", "--out", "x"], "'absent' does not exist"),
+        (["sample", "absent", "--out", "file"], "--out is 'file', a file; samples become two files, so name a folder"),
+        (["import", "ldm", "absent.pt", "x"], "There is no weights file 'absent.pt'; check the path."),
         (["report", "absent"], "There is no run folder 'absent'"),
         (["recipes", "show", "recipe:none"], "There is no recipe 'none'"),
     ],
@@ -147,6 +154,7 @@ def test_mistakes_end_with_exit_code_2_and_no_traceback(
     tmp_path: Path,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("file").touch()
     assert call(monkeypatch, *arguments) == 2
     error = capsys.readouterr().err
     assert message in error

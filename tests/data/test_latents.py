@@ -259,7 +259,7 @@ def test_another_identity_is_refused_naming_both(tmp_path, field):
     build(tmp_path)
     other = with_(**{field: DIFFERENT[field]})
     both = re.escape(f"{field} {getattr(IDENTITY, field)!r} where {DIFFERENT[field]!r} is asked for")
-    both += ".*delete that folder and run the same command again"
+    both += ".*delete that folder and encode again"
     before = everything(tmp_path)
     with pytest.raises(DataError, match=both):
         LatentCache(tmp_path, other)

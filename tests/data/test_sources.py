@@ -43,6 +43,11 @@ def test_folders_named_train_and_val(tmp_path, held):
     assert guessed.validation == config("files/folder", path=f"{tmp_path}/{held}")
 
 
+def test_a_slash_at_the_end_makes_no_other_data_set(tmp_path):
+    picture(tmp_path / "photos" / "a.png")
+    assert guess_dataset(f"{tmp_path}/photos/") == guess_dataset(f"{tmp_path}/photos")
+
+
 def test_links_to_folders_are_folders(tmp_path):
     for part in ("train", "val"):
         picture(tmp_path / "elsewhere" / part / "a.png")

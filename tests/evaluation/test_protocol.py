@@ -145,6 +145,11 @@ def test_a_missing_file_is_named(tmp_path):
         read_numbers(tmp_path / "numbers.json")
 
 
+def test_a_folder_is_no_file_of_numbers(tmp_path):
+    with pytest.raises(DataError, match="is a folder; name a file of numbers that 'underpaint evaluate' saved"):
+        read_numbers(tmp_path)
+
+
 def test_a_protocol_changed_by_hand_is_noticed(tmp_path):
     path = tmp_path / "numbers.json"
     write_numbers(path, [number()])

@@ -39,5 +39,7 @@ def test_other_damage_is_one_sentence(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=f"{name}' is damaged") as caught:
             load_weights(f"file:{path}")
         assert "weights_only" not in str(caught.value)
-    with pytest.raises(DataError, match="There is no weights file"):
+    with pytest.raises(DataError, match=r"There is no weights file '.*d.pt'; check the path.$"):
         load_weights(str(tmp_path / "d.pt"))
+    with pytest.raises(DataError, match="is a folder; name the weights file in it"):
+        load_weights(f"file:{tmp_path}")

@@ -155,6 +155,8 @@ def test_damage_is_named_and_ends_with_1(made: Path, cache: Path, name: str) -> 
     assert (code, out) == (1, "")
     assert sentence in err
     assert err.count("\n") == 1
+    # That command would only check again.
+    assert "run the same command again" not in err
     code, out, err = check(made, cache, "--json")
     problem = json.loads(out)
     assert (code, err, problem["verified"]) == (1, "", False)
@@ -186,6 +188,7 @@ def test_a_cache_of_something_else_ends_with_1(made: Path, cache: Path, tmp_path
     code, _, err = check(made, cache, "--data", made / "images", "--size", 64)
     assert code == 1
     assert "height 32 where 64 is asked for" in err
+    assert err.endswith("; delete that folder and encode again.\n")
 
 
 def test_mistakes_end_with_2(made: Path, cache: Path, tmp_path: Path) -> None:

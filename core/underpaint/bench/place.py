@@ -23,8 +23,10 @@ def check_place(out: Path, name: str) -> None:
         name: Name of the matrix.
 
     Raises:
-        ConfigError: It holds the report of another matrix, or files of a report's names that are none of it.
+        ConfigError: It is a file, or holds the report of another matrix or files that are named like one.
     """
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"'{out}' is a file, and a matrix becomes a folder; choose another --out.")
     found = out / RESULTS
     if not found.exists():
         strange = next((out / other for other in _OTHERS if (out / other).exists()), None)

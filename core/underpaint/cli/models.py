@@ -314,13 +314,15 @@ def sample(
 
 
 def _check_samples(out: Path) -> None:
-    """Refuse a folder in which samples would replace something else than earlier samples.
+    """Refuse a place in which samples would replace something else than earlier samples.
 
     Raises:
-        ConfigError: The message names the file.
+        ConfigError: They would, or it is a file.
     """
     from underpaint.evaluation.sample_file import holds_samples
 
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out is '{out}', a file; samples become two files, so name a folder.")
     grid, samples = out / "grid.png", out / "samples.npz"
     if samples.exists() and not holds_samples(samples):
         raise ConfigError(f"'{samples}' exists and was not written by 'underpaint sample'; choose another --out.")
@@ -427,6 +429,12 @@ def evaluate(
             ) from None
     earlier = None if compare is None else read_numbers(compare)
     metrics = make_metrics([structure(_parsed(text), ComponentConfig, "--metric") for text in metric], _pick(device))
+    paired = next((metric.spec.name for metric in metrics if metric.paired), None)
+    if paired is not None:
+        raise ConfigError(
+            f"--metric is '{paired}', which compares image by image and cannot measure samples; give a distance "
+            "between sets, such as '{name: frechet, encoder: tiny/vit}'."
+        )
     found = load_folder(model).to(_pick(device))
     if isinstance(found, Denoiser):
         raise DataError(

@@ -75,6 +75,8 @@ def read_yaml(path: Path, keys: str = "'data' and 'tokenizer'") -> dict[str, Any
             f"There is no recipe file '{path}'; shipped recipes are written 'recipe:NAME', "
             "and 'underpaint recipes list' shows them."
         ) from None
+    except IsADirectoryError:
+        raise ConfigError(f"'{path}' is a folder; name a YAML file, such as '{path / 'config.yaml'}'.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"'{path}' cannot be read: {error}.") from error
     try:

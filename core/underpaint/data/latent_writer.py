@@ -155,7 +155,7 @@ class LatentCacheWriter:
         if missing:
             raise DataError(
                 f"The latent cache '{self.folder}' lacks {len(missing)} of {len(records)} shards, the first is "
-                f"{missing[0]}; run the same command again to encode them."
+                f"{missing[0]}; encode again to have them."
             )
         complete = [record for record in records if record is not None]
         content = content_hash(complete)

@@ -148,8 +148,7 @@ class LatentCache:
             broken = [record["start"] + local for record in self.records for local in record["broken"]]
         except (KeyError, TypeError, ValueError, ConfigError) as error:
             raise DataError(
-                f"The index of the latent cache '{self.folder}' is damaged ({error}); delete it and run the same "
-                "command again."
+                f"The index of the latent cache '{self.folder}' is damaged ({error}); delete it and encode again."
             ) from error
         self.positions: NDArray[np.int64] = np.delete(np.arange(self.identity.count, dtype=np.int64), broken)
         if expect is not None:
@@ -260,8 +259,8 @@ class LatentCache:
             there = len(list(self.folder.glob("shard-*.json")))
             raise DataError(
                 f"The latent cache '{self.folder}' is unfinished: {there} of "
-                f"{shard_count(identity.count, shard_size)} shards are there and the index is not; run the same "
-                "command again to finish it."
+                f"{shard_count(identity.count, shard_size)} shards are there and the index is not; encode again, "
+                "by the command that began it, to finish it."
             )
         return read_json(path)
 
@@ -276,8 +275,8 @@ class LatentCache:
 
     def _damaged(self, name: str, what: str) -> DataError:
         return DataError(
-            f"'{name}' of the latent cache '{self.folder}' {what}; delete that file and 'index.json' and run the same "
-            "command again: only what is missing is made anew."
+            f"'{name}' of the latent cache '{self.folder}' {what}; delete that file and 'index.json' and encode "
+            "again: only what is missing is made anew."
         )
 
     def _located(self, indices: NDArray[np.integer[Any]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -404,11 +403,11 @@ def _opened(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray
     try:
         array = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
     except ValueError as error:
-        raise DataError(f"'{path}' cannot be read ({error}); delete it and run the same command again.") from error
+        raise DataError(f"'{path}' cannot be read ({error}); delete it and encode again.") from error
     if array.shape != shape or array.dtype != dtype:
         raise DataError(
-            f"'{path}' holds {array.dtype} {array.shape} where {dtype} {shape} was expected; delete it and run the "
-            "same command again."
+            f"'{path}' holds {array.dtype} {array.shape} where {dtype} {shape} was expected; delete it and "
+            "encode again."
         )
     return array
 
@@ -419,8 +418,7 @@ def require_same(folder: Path, found: CacheIdentity, wanted: CacheIdentity) -> N
     different = [f"{name} {was!r} where {now!r} is asked for" for name, was, now in pairs if was != now]
     if different:
         raise DataError(
-            f"The latent cache '{folder}' has {', and '.join(different)}; delete that folder and run the "
-            "same command again."
+            f"The latent cache '{folder}' has {', and '.join(different)}; delete that folder and encode again."
         )
 
 
@@ -429,8 +427,8 @@ def require_shards(folder: Path, found: int, wanted: int) -> None:
     if found != wanted:
         raise DataError(
             f"The latent cache '{folder}' has {found} samples per shard where {wanted} are asked for; set "
-            f"latents.shard={found}, or --shard {found} with 'underpaint encode', or delete that folder and run the "
-            "same command again."
+            f"latents.shard={found}, or --shard {found} with 'underpaint encode', or delete that folder and "
+            "encode again."
         )
 
 
@@ -455,7 +453,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
         version = value["format"]
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DataError(f"'{path}' is damaged ({error}); delete it and run the same command again.") from error
+        raise DataError(f"'{path}' is damaged ({error}); delete it and encode again.") from error
     if version != FORMAT:
         raise DataError(
             f"'{path}' has format {version}, this version of underpaint reads {FORMAT}; delete the folder of this "

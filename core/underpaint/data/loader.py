@@ -381,9 +381,12 @@ class _Ledger:
             logger.warning("%d of %d samples were broken and left out", self.broken, self.reads)
 
     def _too_many(self) -> DataError:
+        # Where all are broken no limit would help.
+        few = self.broken < self.reads
         return DataError(
-            f"{self.broken} of {self.reads} samples read are broken, and the limit is {self.limit:.2%}: "
-            f"{'; '.join(list(self.named)[:3])}; remove or replace them, or raise data.max_broken."
+            f"{self.broken} of {self.reads} samples read are broken{f', and the limit is {self.limit:.2%}' * few}: "
+            f"{'; '.join(list(self.named)[:3])}; remove or replace them"
+            f"{', or allow more by data.max_broken in a recipe' * few}."
         )
 
 

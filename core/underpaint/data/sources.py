@@ -94,6 +94,8 @@ def guess_dataset(path: str) -> GuessedData:
     Raises:
         DataError: There is nothing at the path, or nothing that can be read.
     """
+    # One place is one data set, however it is typed: a run goes on only on the same.
+    path = path.rstrip("/") or path
     try:
         fs, root = fsspec.core.url_to_fs(path)
         exists, is_file = fs.exists(root), fs.isfile(root)
@@ -114,7 +116,7 @@ def guess_dataset(path: str) -> GuessedData:
     if "data" in folders:
         inner, _ = _list(fs, f"{root}/data")
         if any(name.endswith(".parquet") for name in inner):
-            return _shards(f"{path.rstrip('/')}/data", inner, ".parquet")
+            return _shards(f"{path}/data", inner, ".parquet")
     if _has_images(fs, root):
         return _folders(path, folders)
     found = f"holds only {', '.join((files + folders)[:3])}" if files or folders else "is empty"
@@ -136,7 +138,7 @@ def _shards(path: str, files: Iterable[str], suffix: str) -> GuessedData:
     splits = {match[1] for name in names if name.endswith(suffix) and (match := _SPLIT.search(name))}
     options: dict[str, Any] = {"path": path}
     if "classes.json" in names:
-        options["classes"] = f"{path.rstrip('/')}/classes.json"
+        options["classes"] = f"{path}/classes.json"
     kind = _SHARDS[suffix]
     if len(splits) < 2:
         return GuessedData(train=ComponentConfig(name=kind, options=options))
@@ -152,10 +154,9 @@ def _folders(path: str, folders: list[str]) -> GuessedData:
     held = next((name for name in _HELD_OUT if name in folders), None)
     if "train" not in folders or held is None:
         return GuessedData(train=ComponentConfig(name="files/folder", options={"path": path}))
-    base = path.rstrip("/")
     return GuessedData(
-        train=ComponentConfig(name="files/folder", options={"path": f"{base}/train"}),
-        validation=ComponentConfig(name="files/folder", options={"path": f"{base}/{held}"}),
+        train=ComponentConfig(name="files/folder", options={"path": f"{path}/train"}),
+        validation=ComponentConfig(name="files/folder", options={"path": f"{path}/{held}"}),
     )
 
 

@@ -168,6 +168,8 @@ def read_numbers(path: str | Path) -> list[Number]:
         held = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"There is no file of numbers '{path}'; measure first with 'underpaint evaluate'.") from None
+    except IsADirectoryError:
+        raise DataError(f"'{path}' is a folder; name a file of numbers that 'underpaint evaluate' saved.") from None
     except (OSError, ValueError) as error:
         raise DataError(f"The file of numbers '{path}' cannot be read: {error}.") from error
     if not isinstance(held, dict) or held.get("format") != _FORMAT or not isinstance(held.get("numbers"), list):
