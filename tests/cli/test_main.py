@@ -134,10 +134,6 @@ def test_config_mistakes_end_before_torch_is_imported(tmp_path: Path, override: 
         (["train", "quickstart"], "Did you mean 'recipe:quickstart'?"),
         (["train", "recipe:quickstart", "--until", "nope"], "its steps are align, perceive, refine"),
         (["train", "."], "'.' is a folder; name a YAML file, such as 'config.yaml'"),
-        (
-            ["train", "recipe:quickstart", "--out", "file"],
-            "file' is a file, and a run becomes a folder",
-        ),
         (["quickstart", "--data", "absent"], "There is no data at 'absent'"),
         (["sample", "absent", "--out", "x"], "'absent' does not exist"),
         (["sample", "absent", "--out", "file"], "--out is 'file', a file; samples become two files, so name a folder"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import attrs
 import pytest
@@ -143,6 +144,16 @@ def test_labels_out_of_range_are_refused(label: int) -> None:
 def test_texts_for_a_label_model_are_refused() -> None:
     with pytest.raises(DataError, match="'labels' takes labels, and was given texts"):
         make_generator().latents(["a fox", "a boat"], seeds=SEEDS)
+
+
+@pytest.mark.parametrize(
+    "labels", [[0, 1], 3, "fox", [], torch.ones(2), torch.zeros(1, 2, dtype=torch.int64), torch.tensor(0), LABELS[:0]]
+)
+def test_what_is_neither_labels_nor_texts_is_refused(labels: Any) -> None:
+    generator = make_generator()
+    for ask in (generator.sample, lambda inputs: generator.latents(inputs, seeds=SEEDS)):
+        with pytest.raises(DataError, match="was given something else; give a tensor of integers, torch.tensor"):
+            ask(labels)
 
 
 def test_a_diverged_model_is_named() -> None:

@@ -157,9 +157,9 @@ class Generator(nn.Module):
         """
         settings = settings or self.settings
         device = next(self.backbone.parameters()).device
+        self._check_inputs(inputs)
         if len(seeds) != len(inputs):
             raise DataError(f"{len(seeds)} seeds were given for {len(inputs)} samples; give one seed each.")
-        self._check_inputs(inputs)
         sampler = _sampler(settings)
         grid = grid or self.grid
         field = self._field(inputs, settings.guidance, device, grid)
@@ -265,9 +265,17 @@ class Generator(nn.Module):
         return self._weak[location]
 
     def _check_inputs(self, inputs: Tensor | Sequence[str]) -> None:
-        wants, given = self.conditioner.accepts, "label" if isinstance(inputs, Tensor) else "text"
+        wants, given = self.conditioner.accepts, _kind(inputs)
         if wants != given:
-            raise DataError(f"The conditioner '{self.conditioner.spec.name}' takes {wants}s, and was given {given}s.")
+            forms = {
+                "label": "a tensor of integers, torch.tensor([0, 1])",
+                "text": "a list of strings, ['a red boat']",
+            }
+            what = f"{given}s" if given else "something else"
+            raise DataError(
+                f"The conditioner '{self.conditioner.spec.name}' takes {wants}s, and was given {what}; give "
+                f"{forms[wants]} for instance."
+            )
         if isinstance(inputs, Tensor) and self.labels:
             wrong = inputs[(inputs < 0) | (inputs >= self.labels)]
             if wrong.numel():
@@ -286,6 +294,7 @@ class Generator(nn.Module):
         grid: tuple[int, int] | None = None,
     ) -> Tensor:
         """Sample images, B×3×H×W in [-1, 1]; see `latents` for the arguments. Seeds default to 0, 1, 2 and so on."""
+        self._check_inputs(inputs)
         seeds = range(len(inputs)) if seeds is None else seeds
         return self.tokenizer.decode(
             self.tokenizer.restore(self.latents(inputs, seeds=seeds, settings=settings, grid=grid))
@@ -324,6 +333,15 @@ def load_weaker(location: str) -> Generator:
         what = type(weak).__name__.lower()
         raise ConfigError(f"guidance.weak is '{location}', which holds a {what}; name a generator's folder.")
     return weak
+
+
+def _kind(inputs: Any) -> str:
+    """Return what inputs are, ``label`` or ``text``; empty where they are neither."""
+    if isinstance(inputs, Tensor):
+        whole = not (inputs.is_floating_point() or inputs.is_complex() or inputs.dtype == torch.bool)
+        return "label" if inputs.ndim == 1 and len(inputs) and whole else ""
+    several = isinstance(inputs, Sequence) and not isinstance(inputs, str) and len(inputs) > 0
+    return "text" if several and all(isinstance(item, str) for item in inputs) else ""
 
 
 def _sampler(settings: SamplingSettings) -> Sampler:

@@ -107,18 +107,29 @@ class Tokenizer(nn.Module):
         return rows // step, columns // step
 
     def posterior(self, images: Tensor) -> Posterior:
-        """Return the latent posterior of B×3×H×W images in [-1, 1]."""
+        """Return the latent posterior of B×3×H×W images: floats in [-1, 1].
+
+        Raises:
+            DataError: The images are something else, bytes for instance, or their size does not divide into cells.
+        """
+        _check(images, 3, "images", "B×3×H×W floats in [-1, 1]; of bytes, images / 127.5 - 1 makes these")
         self.grid(images.shape[-2], images.shape[-1])
         posterior = self.adapter(self.encoder(images))
         assert isinstance(posterior, Posterior)
         return posterior
 
     def encode(self, images: Tensor) -> Tensor:
-        """Return the latents of images: the mode of their posterior, B×d×h×w, not standardised."""
+        """Return the latents of images: the mode of their posterior, B×d×h×w, not standardised; see `posterior`."""
         return self.posterior(images).mode()
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Return the B×3×H×W images of latents, clamped to [-1, 1]."""
+        """Return the B×3×H×W images of B×d×h×w latents that are not standardised, clamped to [-1, 1].
+
+        Raises:
+            DataError: The latents are something else.
+        """
+        channels = self.latent_channels
+        _check(latents, channels, "latents", f"B×{channels}×h×w floats, as its encode returns them")
         image: Tensor = self.decoder(latents).image
         return image.clamp(-1.0, 1.0)
 
@@ -160,3 +171,13 @@ class Tokenizer(nn.Module):
             digest.update(json.dumps([name, dict(spec.options)], sort_keys=True).encode())
             digest.update(tensor_hash(part.state_dict()).encode())
         return digest.hexdigest()[:32]
+
+
+def _check(given: object, channels: int, what: str, wanted: str) -> None:
+    """Raise a `DataError` unless it is a batch of floating-point maps of so many channels."""
+    found = type(given).__name__
+    if isinstance(given, Tensor):
+        if given.ndim == 4 and given.shape[1] == channels and given.numel() and given.is_floating_point():
+            return
+        found = f"{'×'.join(map(str, given.shape))} {str(given.dtype).removeprefix('torch.')}"
+    raise DataError(f"The tokenizer was given {what} as {found}, and takes a tensor of {wanted}.")

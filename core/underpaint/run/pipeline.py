@@ -71,8 +71,6 @@ def run_recipe(recipe: Recipe, out: Path, *, until: str | None = None) -> None:
         Stopped: A signal asked to stop; everything is saved.
     """
     out = out.expanduser().resolve()
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"'{out}' is a file, and a run becomes a folder; choose another --out.")
     out.mkdir(parents=True, exist_ok=True)
     folder = RunFolder(out)
     # The watchdog of the training loop knows more than a collective that fails, so it gets to speak first.
