@@ -99,6 +99,13 @@ def test_run_folder_loads_its_generator_or_tokenizer(tmp_path: Path) -> None:
     assert isinstance(underpaint.load(tmp_path), Generator)
 
 
+@pytest.mark.parametrize("text", ["[", "3", "", "stages: 3", "stages: [1]", "stages: [{}]", b"\xff\xfe"])
+def test_a_damaged_recipe_of_an_unfinished_run_is_one_sentence(tmp_path: Path, text: str | bytes) -> None:
+    (tmp_path / "config.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(DataError, match=r"config\.yaml' is damaged and names no stages; name the tokenizer itself"):
+        underpaint.load(tmp_path)
+
+
 def test_saving_again_replaces_the_folder_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
     save_tokenizer(make_tokenizer(0), tmp_path / "t")
     save_tokenizer(make_tokenizer(1), tmp_path / "t")

@@ -357,6 +357,12 @@ def test_a_damaged_file_leaves_its_part_out_and_says_so(run, name):
     assert sentence in page(run).text
 
 
+@pytest.mark.parametrize("sessions", ["3", "{}", "[4]"])
+def test_sessions_that_are_none_are_left_out(run, sessions):
+    (run / "provenance.json").write_text(f'{{"sessions": {sessions}}}')
+    assert page(run).text
+
+
 @pytest.mark.parametrize("cut", [0.3, 0.9, 0.999])
 def test_a_picture_file_cut_short(run, cut):
     path = run / "samples" / "samples.npz"

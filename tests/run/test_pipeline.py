@@ -122,6 +122,17 @@ def test_a_finished_run_is_not_run_again(finished: Path, tmp_path: Path) -> None
     assert before == {p: p.stat().st_mtime_ns for p in before}
 
 
+def test_only_what_is_encoded_is_called_encoding(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    run_recipe(tiny_recipe(), tmp_path / "run", until="latents")
+    assert "latents: encoding" not in capsys.readouterr().err
+    (tmp_path / "run" / "latents" / "index.json").unlink()
+    run_recipe(tiny_recipe(), tmp_path / "run", until="latents")
+    assert "latents: encoding" in capsys.readouterr().err
+
+
 def test_another_recipe_is_refused_and_says_what_differs(finished: Path) -> None:
     with pytest.raises(ConfigError, match=r"stages\[0\].steps was 4 and is 5"):
         run_recipe(tiny_recipe("stages.align.steps=5"), finished)

@@ -213,8 +213,15 @@ def _stages(place: _Place) -> list[str]:
     """Return where the stages of an unfinished run put their tokenizers, the last first."""
     if not place.has("config.yaml"):
         return []
-    recipe = yaml.safe_load(place.read_text("config.yaml"))
-    return [f"stages/{stage['name']}/tokenizer" for stage in reversed(recipe.get("stages", []))]
+    try:
+        recipe = yaml.safe_load(place.read_bytes("config.yaml"))
+        names = [stage["name"] for stage in recipe.get("stages", [])]
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError):
+        raise DataError(
+            f"'{place.join('config.yaml')}' is damaged and names no stages; name the tokenizer itself, such as "
+            f"'{place.join('stages/NAME/tokenizer')}'."
+        ) from None
+    return [f"stages/{name}/tokenizer" for name in reversed(names)]
 
 
 class _Place:
@@ -233,7 +240,7 @@ class _Place:
     def has(self, inner: str) -> bool:
         return bool(self._system.isfile(f"{self._path}/{inner}"))
 
-    def _bytes(self, inner: str) -> bytes:
+    def read_bytes(self, inner: str) -> bytes:
         try:
             data = self._system.cat_file(f"{self._path}/{inner}")
         except FileNotFoundError:
@@ -243,12 +250,9 @@ class _Place:
         assert isinstance(data, bytes)
         return data
 
-    def read_text(self, inner: str) -> str:
-        return self._bytes(inner).decode()
-
     def read_json(self, inner: str) -> dict[str, Any]:
         try:
-            value = json.loads(self._bytes(inner))
+            value = json.loads(self.read_bytes(inner))
         except ValueError as error:
             raise DataError(f"'{self.join(inner)}' is damaged: {error}.") from error
         if not isinstance(value, dict):
@@ -257,7 +261,7 @@ class _Place:
 
     def read_tensors(self, inner: str) -> dict[str, Tensor]:
         try:
-            return dict(load_tensors(self._bytes(inner)))
+            return dict(load_tensors(self.read_bytes(inner)))
         except DataError:
             raise
         except Exception as error:

@@ -131,7 +131,8 @@ def _bad_rows(stage: StageFacts) -> int:
 
 def _sessions(provenance: Mapping[str, Any]) -> str:
     """Say when and on what the run ran, as far as its provenance tells."""
-    sessions = [s for s in provenance.get("sessions") or [] if isinstance(s, Mapping)]
+    listed = provenance.get("sessions")
+    sessions = [s for s in (listed if isinstance(listed, list) else []) if isinstance(s, Mapping)]
     if not sessions:
         return ""
     start, end = (_time(value) for value in (sessions[0].get("started"), sessions[-1].get("ended")))

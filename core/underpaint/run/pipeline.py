@@ -104,7 +104,8 @@ def run_recipe(recipe: Recipe, out: Path, *, until: str | None = None) -> None:
 
 def _run(session: Session, until: str | None) -> None:
     recipe, folder, ranks, data = session.recipe, session.folder, session.ranks, session.data
-    if ranks.is_main:
+
+    def recorded() -> None:
         provenance.record_start(
             folder.provenance,
             seed=recipe.seed,
@@ -114,6 +115,8 @@ def _run(session: Session, until: str | None) -> None:
             device=str(ranks.device),
         )
         write_notes(folder, recipe, data)
+
+    _on_main(ranks, recorded)
     if data.left_out:
         total = data.left_out + len(data.train_indices)
         _say(
@@ -162,7 +165,8 @@ def _run(session: Session, until: str | None) -> None:
         return _finish(session, numbers, pictures, timings)
 
     with _timed(timings, "latents"):
-        _say(ranks, f"latents: encoding {len(data.train_indices)} images")
+        if not (folder.latents / "index.json").exists():
+            _say(ranks, f"latents: encoding {len(data.train_indices)} images")
         tokenizer = tokenizer.to(ranks.device)
         cache = build_cache(folder.latents, tokenizer, data, recipe.latents, ranks)
         tokenizer = tokenizer.cpu()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from underpaint.config.recipe import write_atomically
+from underpaint.errors import DataError
 from underpaint.registration.manager import manager
 
 __all__ = ["git_state", "record_start", "update"]
@@ -31,8 +32,12 @@ _LIBRARIES = (
 
 
 def record_start(path: Path, *, seed: int, command: list[str], data: dict[str, Any], ranks: int, device: str) -> None:
-    """Write ``provenance.json`` at the start of a run, or add a session to it after a resume."""
-    previous = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """Write ``provenance.json`` at the start of a run, or add a session to it after a resume.
+
+    Raises:
+        DataError: The file of earlier sessions is damaged.
+    """
+    previous = _read(path)["sessions"] if path.exists() else []
     session = {"started": _now(), "command": command, "ranks": ranks, "device": device}
     record = {
         "versions": {name: _version(name) for name in _LIBRARIES},
@@ -45,14 +50,18 @@ def record_start(path: Path, *, seed: int, command: list[str], data: dict[str, A
         ],
         "seed": seed,
         "data": data,
-        "sessions": [*previous.get("sessions", []), session],
+        "sessions": [*previous, session],
     }
     write_atomically(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 def update(path: Path, **facts: Any) -> None:
-    """Set top-level facts, such as timings; the last session gets its end time."""
-    record = json.loads(path.read_text(encoding="utf-8"))
+    """Set top-level facts, such as timings; the last session gets its end time.
+
+    Raises:
+        DataError: The file is damaged.
+    """
+    record = _read(path)
     record["sessions"][-1]["ended"] = _now()
     record.update(facts)
     write_atomically(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
@@ -74,6 +83,19 @@ def git_state(folder: Path) -> dict[str, str | bool] | None:
     if commit is None:
         return None
     return {"commit": commit, "dirty": bool(git("status", "--porcelain"))}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not isinstance(record.get("sessions"), list):
+        raise DataError(
+            f"'{path}' is damaged; delete it, which loses the record of earlier sessions and nothing else, and run the "
+            "same command again."
+        )
+    return record
 
 
 def _now() -> str:
