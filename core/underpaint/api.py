@@ -53,7 +53,7 @@ def create(kind: str, name: str, /, **options: Any) -> Any:
 
     Args:
         kind: encoder, adapter, decoder, backbone, conditioner, loss, metric, dataset, sampler or tracker.
-        name: ``family/model[@weights]`` or an alias; ``underpaint plugins list`` shows them.
+        name: ``family/model[@weights]`` or an alias; ``underpaint plugins list KIND`` shows them.
         **options: Options of the component, and the context keywords of its kind (an adapter's
             ``in_channels`` and ``latent_channels``, a decoder's ``latent_channels`` and ``stride``, …).
 

@@ -246,7 +246,7 @@ _SIGNS = {
     ),
     "blocks.": (
         (),
-        "It looks like a transformer, not like an autoencoder; 'underpaint plugins list' shows all importers.",
+        "It looks like a transformer, not like an autoencoder; 'underpaint plugins list importer' shows all importers.",
     ),
 }
 """By a part of a tensor's name: the importers that it is for, and what to say to the others.

@@ -148,6 +148,15 @@ def test_only_numbers_are_replaced_by_numbers(model: Path, images: Path, tmp_pat
         assert (tmp_path / name).read_text() == text
 
 
+def test_a_comparison_leaves_json_alone(model: Path, images: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "numbers.json"
+    assert call(model, images, "--save", str(saved)).exit_code == 0
+    result = call(model, images, "--compare", str(saved))
+    assert {number["name"] for number in json.loads(result.stdout)} == {"psnr", "ssim"}
+    assert "difference" in result.stderr
+    assert "+0.0000" in result.stderr
+
+
 def test_a_file_to_compare_with_is_read_before_anything_is_measured(
     model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -131,6 +131,19 @@ def test_list_for_people(shop: PluginManager) -> None:
     assert "plugins show NAME" in result.stderr
 
 
+def test_list_of_a_kind_has_every_name(shop: PluginManager) -> None:
+    assert _json("list", "sampler") == [
+        {"name": "one", "plugin": "plugin_shop", "about": "→ shop/one"},
+        {"name": "shop/one", "plugin": "plugin_shop", "about": "The first"},
+    ]
+    lines = _run("list", "sampler").stdout.splitlines()
+    assert lines[0].split() == ["sampler", "plugin", "about"]
+    assert [line.split()[0] for line in lines[2:]] == ["one", "shop/one"]
+    # Where an unknown name sends its reader.
+    assert "'underpaint plugins list sampler' shows what is installed" in str(_run("show", "sampler:two").exception)
+    assert _run("list", "samplr").exit_code == 2
+
+
 def test_list_imports_no_torch() -> None:
     code = (
         "import sys\nfrom underpaint.cli.plugins import plugins_group\n"
@@ -169,6 +182,20 @@ def test_show_component(shop: PluginManager, name: str) -> None:
         {"name": "needed", "type": "str", "required": True, "default": None, "about": "It has no default"},
     ]
     assert "required" in _run("show", name).output
+
+
+@pytest.mark.parametrize(
+    ("name", "licence"),
+    [
+        ("tiny/vit", "Apache-2.0"),
+        ("dinov3-b", "DINOv3 License"),
+        ("open_clip/ViT-L-14@openai", "MIT"),
+        # It cannot be made before somebody says which weights are meant.
+        ("open_clip/ViT-L-14", "as published with each tag"),
+    ],
+)
+def test_show_says_the_licence_of_an_encoder(name: str, licence: str) -> None:
+    assert f"\nlicence: {licence}\n" in _run("show", name).output
 
 
 def test_show_refuses(shop: PluginManager) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import click
 import pytest
-import torch
 
 from tests.models.test_folders import make_generator
 from underpaint.bench.matrix import read_matrix, resolve_cells
@@ -24,12 +23,14 @@ BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README.read_text(encoding="utf-8"), r
 def test_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     save_generator(make_generator(), tmp_path / "underpaint-quickstart" / "generator")
-    namespace: dict[str, object] = {"torch": torch}
+    namespace: dict[str, object] = {}
     out = io.StringIO()
     examples = [text for language, text in BLOCKS if language == "python"]
     assert len(examples) >= 2
     with contextlib.redirect_stdout(out):
         for text in examples:
+            # Each is copied alone.
+            namespace = {}
             exec(compile(text, "README.md", "exec"), namespace)
     promised = re.findall(r"print\(.*\)\s+# (.*)", "".join(examples))
     assert out.getvalue().splitlines() == promised

@@ -191,6 +191,13 @@ def test_a_case_that_is_run_again_runs_again(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.usefixtures("kit")
+def test_a_failure_names_the_plugin() -> None:
+    (case,) = [c for c in cases("sampler") if (c.name, c.check.name) == ("crash", "time_runs_down")]
+    with pytest.raises(AssertionError, match="^sampler:crash:time_runs_down of plugin 'plugin_for_the_kit': "):
+        case()
+
+
+@pytest.mark.usefixtures("kit")
 def test_as_a_pytest_test() -> None:
     def outcome(name: str, check: str) -> str:
         (case,) = [c for c in cases("sampler") if c.name == name and c.check.name == check]

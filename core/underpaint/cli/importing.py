@@ -27,9 +27,9 @@ __all__ = ["import_"]
 def import_(format_: str, source: str, destination: Path, options: tuple[str, ...], tokenizer: str | None) -> None:
     """Read published weights and write them as a folder that underpaint loads.
 
-    FORMAT is one of 'underpaint plugins list'; SOURCE a file, folder or URL in that project's layout; KEY=VALUE pairs
-    are options of the importer. Every tensor of the source is mapped, or left out for a stated reason; time, sign and
-    scale follow our conventions from then on.
+    FORMAT is one of 'underpaint plugins list importer'; SOURCE a file, folder or URL in that project's layout;
+    KEY=VALUE pairs are options of the importer. Every tensor of the source is mapped, or left out for a stated reason;
+    time, sign and scale follow our conventions from then on.
     """
     if destination.exists():
         raise ConfigError(f"'{destination}' exists already; choose another place, or delete it first.")

@@ -463,7 +463,7 @@ def evaluate(
         write_numbers(save, numbers)
     _show(numbers, as_json)
     if earlier is not None:
-        _compare(numbers, earlier, force)
+        _compare(numbers, earlier, force, as_json)
 
 
 def _check_sampled(model: str, generates: bool) -> None:
@@ -495,7 +495,7 @@ def _parsed(text: str) -> Any:
         ) from None
 
 
-def _compare(numbers: list[Any], earlier: list[Any], force: bool) -> None:
+def _compare(numbers: list[Any], earlier: list[Any], force: bool, as_json: bool) -> None:
     from underpaint.evaluation.protocol import compare as compared
 
     before = {number.name: number for number in earlier}
@@ -507,7 +507,8 @@ def _compare(numbers: list[Any], earlier: list[Any], force: bool) -> None:
         old = before[number.name]
         difference = compared(number, old, force=force)
         rows.append([number.name, f"{old.value:.4f}", f"{number.value:.4f}", f"{difference:+.4f}"])
-    print_table(rows, ["number", "before", "now", "difference"])
+    # The JSON is all that stdout holds.
+    print_table(rows, ["number", "before", "now", "difference"], err=as_json)
 
 
 def _show(numbers: list[Any], as_json: bool) -> None:

@@ -16,7 +16,8 @@ import attrs
 import click
 
 from underpaint.cli.output import print_json, print_table
-from underpaint.errors import ConfigError, NotFoundError, PluginError, suggest
+from underpaint.errors import ConfigError, NotFoundError, PluginError, UnderpaintError, suggest
+from underpaint.registration.catalogue import Resolved
 from underpaint.registration.manager import PluginManager, PluginRecord, PluginWarning, manager
 from underpaint.registration.names import KINDS
 from underpaint.registration.registrar import Registration, load_target
@@ -39,16 +40,20 @@ def _manager() -> PluginManager:
 def plugins_group(context: click.Context) -> None:
     """List, show, check and create plugins; alone, it lists them."""
     if context.invoked_subcommand is None:
-        context.invoke(list_plugins, as_json=False)
+        context.invoke(list_plugins, kind=None, as_json=False)
 
 
 # ------------------------------------------------------------------------------ list
 
 
 @plugins_group.command("list")
+@click.argument("kind", required=False, type=click.Choice(KINDS), metavar="[KIND]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def list_plugins(as_json: bool) -> None:
-    """List every plugin found: active, failed or off."""
+def list_plugins(kind: str | None, as_json: bool) -> None:
+    """List every plugin found: active, failed or off; or, of a KIND such as 'encoder', every name."""
+    if kind is not None:
+        _list_names(kind, as_json)
+        return
     plugins = _manager()
     conflicts = plugins.catalogue.conflicts()
     if as_json:
@@ -65,6 +70,18 @@ def list_plugins(as_json: bool) -> None:
         click.echo(f"Conflict: {sentence}", err=True)
     if any(record.status == "failed" for record in plugins.records):
         click.echo("'underpaint plugins show NAME' prints the whole error of a failed plugin.", err=True)
+
+
+def _list_names(kind: str, as_json: bool) -> None:
+    catalogue = _manager().catalogue
+    rows = [{"name": r.name, "plugin": r.plugin, "about": r.summary} for r in catalogue.registrations(kind)]
+    aliases = (alias for alias in catalogue.aliases() if alias.kind == kind)
+    rows += [{"name": alias.alias, "plugin": alias.plugin, "about": f"→ {alias.name}"} for alias in aliases]
+    rows.sort(key=lambda row: row["name"])
+    if as_json:
+        print_json(rows)
+    else:
+        print_table([[row["name"], row["plugin"], row["about"]] for row in rows], [kind, "plugin", "about"])
 
 
 def _plugin_row(record: PluginRecord) -> dict[str, Any]:
@@ -93,7 +110,10 @@ def _plugin_row(record: PluginRecord) -> dict[str, Any]:
 @click.argument("name")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def show(name: str, as_json: bool) -> None:
-    """Show a plugin, or a component: NAME is 'timm', 'psnr' or 'encoder:tiny/vit'."""
+    """Show a plugin, or a component: NAME is 'timm', 'psnr' or 'encoder:tiny/vit'.
+
+    Of an encoder it says under which licence its weights are.
+    """
     found = _find(name)
     plain = _plugin_details(found) if isinstance(found, PluginRecord) else _component_details(*found)
     if as_json:
@@ -180,12 +200,36 @@ def _component_details(kind: str, name: str) -> dict[str, Any]:
         "config": registration.config,
         "weights": "chosen after '@'" if registration.takes_weights else "",
         "examples": list(registration.examples),
-        "licence": registration.licence,
+        "licence": _licence(resolved),
         "source": registration.source,
         "extra": registration.extra,
         "expected_failures": [f"{check}: {why}" for check, why in registration.expected_failures.items()],
         "options": _options(registration),
     }
+
+
+def _licence(resolved: Resolved) -> str:
+    """Return the licence of a component's weights; of an encoder of a family, what it says itself."""
+    registration = resolved.registration
+    if registration.kind != "encoder" or not registration.is_family:
+        return registration.licence
+    import torch
+
+    from underpaint.interfaces.component import ComponentSpec
+    from underpaint.interfaces.encoder import Encoder
+
+    spec = ComponentSpec("encoder", str(resolved.name), registration.options)
+    try:
+        # Neither memory nor weights are needed to ask.
+        with torch.device("meta"):
+            encoder = _manager().create_from_spec(spec)
+    except NotFoundError:
+        raise
+    except UnderpaintError:
+        # More has to be said before it can be made, which of its weights are meant for instance.
+        return registration.licence
+    assert isinstance(encoder, Encoder)
+    return encoder.info.licence or registration.licence
 
 
 def _options(registration: Registration) -> list[dict[str, Any]]:

@@ -165,8 +165,8 @@ class Catalogue:
         article = "an" if kind[0] in "aeiou" else "a"
         return (
             f"There is no {kind} '{text}'.{hint} {suggest(name.base, known)} "
-            f"'underpaint plugins list' shows what is installed; {article} {kind} from another package appears there "
-            "once its package is installed."
+            f"'underpaint plugins list {kind}' shows what is installed; {article} {kind} from another package appears "
+            "there once its package is installed."
         )
 
     # -- making

@@ -270,7 +270,8 @@ class Case:
 
         result = self.run()
         if result.status == "failed":
-            raise AssertionError(f"{self}: {result.message}") from result.error
+            plugin = manager().catalogue.resolve(self.kind, self.name).registration.plugin
+            raise AssertionError(f"{self} of plugin '{plugin}': {result.message}") from result.error
         if result.status == "skipped":
             pytest.skip(result.message)
         if result.status == "expected":
