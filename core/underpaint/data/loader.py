@@ -381,12 +381,12 @@ class _Ledger:
             logger.warning("%d of %d samples were broken and left out", self.broken, self.reads)
 
     def _too_many(self) -> DataError:
-        # Where all are broken no limit would help.
-        few = self.broken < self.reads
+        counted, named = f"{self.broken} of {self.reads} samples read are broken", "; ".join(list(self.named)[:3])
+        if self.broken == self.reads:  # No limit would help.
+            return DataError(f"{counted}: {named}; remove or replace them.")
         return DataError(
-            f"{self.broken} of {self.reads} samples read are broken{f', and the limit is {self.limit:.2%}' * few}: "
-            f"{'; '.join(list(self.named)[:3])}; remove or replace them"
-            f"{', or allow more by data.max_broken in a recipe' * few}."
+            f"{counted}, and the limit is {self.limit:.2%}: {named}; remove or replace them, or allow more by "
+            "data.max_broken in a recipe."
         )
 
 
