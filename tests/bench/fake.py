@@ -45,8 +45,8 @@ def train(folder: Path, name: str, config: dict, does: str) -> None:
     stage.mkdir(parents=True, exist_ok=True)
     row = {"loss": 0.5, "images_per_second": 10.0, "memory_gib": 2.0, "seconds": 4.0}
     (stage / "metrics.jsonl").write_text("".join(json.dumps({"step": i, **row}) + "\n" for i in (1, 2)))
-    provenance: dict = {"versions": {"torch": "2.x", "underpaint": "0"}, "machine": {"cpu_cores": 2}}
-    provenance["sessions"] = [{"ranks": 1, "device": "cpu"}]
+    environment = {"versions": {"torch": "2.x", "underpaint": "0"}, "machine": {"cpu_cores": 2}}
+    provenance: dict = {"environments": [environment], "sessions": [{"ranks": 1, "device": "cpu", "environment": 0}]}
     counts = {"train": 1900, "validation": 100}
     provenance["data"] = {part: {"name": "scenes", "samples": count} for part, count in counts.items()}
     (folder / "provenance.json").write_text(json.dumps(provenance))

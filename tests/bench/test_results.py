@@ -144,7 +144,7 @@ def test_json_holds_numbers_with_protocol_speed_and_provenance(bench: Bench) -> 
     assert cell["numbers"][0]["protocol"] == {"metric": "psnr", "images": 6, "data": "scenes"}
     assert cell["training"]["align"]["images_per_second"] == 10.0
     assert cell["training"]["align"]["memory_gib"] == 2.0
-    assert cell["provenance"]["machine"] == {"cpu_cores": 2}
+    assert cell["provenance"]["environments"][0]["machine"] == {"cpu_cores": 2}
     assert cell["recipe"].startswith("name: one\n")
     assert cell["seconds"] > 0
 

@@ -1,4 +1,4 @@
-"""A stage goes on with the weights it began with, or not at all: its teacher, and what it does not train."""
+"""A stage goes on with the weights and images it began with, or not at all: teacher, frozen parts, tokenizer, data."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import underpaint
@@ -98,6 +100,47 @@ def test_another_network_of_a_loss_is_refused(finished: Path, tmp_path: Path, ki
         run_recipe(recipe, out, until="align")
     encoder_file(path, 0)
     run_recipe(recipe, out, until="align")
+
+
+def photographs(folder: Path, count: int) -> Path:
+    folder.mkdir(exist_ok=True)
+    for index in range(count):
+        values = np.random.default_rng(index).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(values).save(folder / f"{index:03d}.png")
+    return folder
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_data_set_that_has_grown_is_refused(tmp_path: Path, recorded: bool) -> None:
+    train = {"name": "files/folder", "path": str(photographs(tmp_path / "photos", 20))}
+    recipe = tiny_recipe(f"data.train={json.dumps(train)}")
+    out = tmp_path / "run"
+    run_recipe(recipe, out, until="align")
+    shutil.rmtree(out / "stages" / "align" / "tokenizer")
+    shutil.rmtree(max((out / "stages" / "align" / "checkpoints").glob("step-*")))
+    photographs(tmp_path / "photos", 21)
+    message = r"was begun on 16 images of files/folder .* now has 1\d images .* put the earlier files back"
+    if not recorded:
+        # As the advice for a damaged one is.
+        (out / "provenance.json").unlink()
+        message = "was trained with another set of training images, of hash"
+    with pytest.raises(DataError, match=message):
+        run_recipe(recipe, out, until="align")
+    if recorded:
+        (tmp_path / "photos" / "020.png").unlink()
+        run_recipe(recipe, out, until="align")
+
+
+def test_a_generator_does_not_go_on_with_latents_of_another_tokenizer(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    shutil.rmtree(out / "generator")
+    shutil.rmtree(max((out / "stages" / "diffusion" / "checkpoints").glob("step-*")))
+    # What the cache's refusal of another tokenizer asks for.
+    shutil.rmtree(out / "latents")
+    shutil.copytree(finished / "stages/align/tokenizer", out / "stages/refine/tokenizer", dirs_exist_ok=True)
+    with pytest.raises(DataError, match="was trained with another tokenizer, of hash .*start stage 'diffusion' anew"):
+        run_recipe(tiny_recipe(), out)
 
 
 class TwoRanks:

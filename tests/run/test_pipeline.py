@@ -37,8 +37,10 @@ def test_run_folder_holds_what_the_design_says(finished: Path) -> None:
     assert expected <= {path.name for path in finished.iterdir()}
     assert (finished / "report" / "index.html").stat().st_size > 10_000
     provenance = json.loads((finished / "provenance.json").read_text())
-    assert torch.__version__.startswith(provenance["versions"]["torch"])
-    assert {p["name"] for p in provenance["plugins"]} >= {"aligntok", "tiny"}
+    (environment,) = provenance["environments"]
+    assert torch.__version__.startswith(environment["versions"]["torch"])
+    assert {p["name"] for p in environment["plugins"]} >= {"aligntok", "tiny"}
+    assert provenance["sessions"][-1]["environment"] == 0
     rows = read_rows(finished / "stages" / "align" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert {"loss", "l1", "lr", "grad_norm", "images_per_second", "mfu", "data_wait", "memory_gib"} <= rows[0].keys()

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from underpaint.errors import DataError
-from underpaint.run.provenance import record_start, update
+from underpaint.run import provenance
+from underpaint.run.provenance import check_images, record_start, update
 
 
 @pytest.mark.parametrize("text", ["{", "3", "[]", "{}", '{"sessions": 3}', b"\xff"])
@@ -29,3 +30,30 @@ def test_doing_what_the_sentence_says_mends_it(tmp_path: Path) -> None:
     found = json.loads(path.read_text())
     assert len(found["sessions"]) == 2
     assert "ended" in found["sessions"][-1]
+
+
+def data(count: int, digest: str) -> dict[str, object]:
+    return {"train": {"name": "files/folder", "samples": count, "hash": digest}}
+
+
+def test_each_session_keeps_its_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "provenance.json"
+    for commit in ("first", "second", "second", "first"):
+        monkeypatch.setattr(provenance, "git_state", lambda _, commit=commit: {"commit": commit, "dirty": False})
+        record_start(path, seed=0, command=["train"], data=data(20, "a" * 32), ranks=1, device="cpu")
+    found = json.loads(path.read_text())
+    assert [e["git"]["commit"] for e in found["environments"]] == ["first", "second"]
+    assert [session["environment"] for session in found["sessions"]] == [0, 1, 1, 0]
+
+
+def test_a_run_does_not_go_on_with_other_images(tmp_path: Path) -> None:
+    path = tmp_path / "provenance.json"
+    check_images(path, data(20, "a" * 32))
+    record_start(path, seed=0, command=["train"], data=data(20, "a" * 32), ranks=1, device="cpu")
+    check_images(path, data(20, "a" * 32))
+    with pytest.raises(DataError) as caught:
+        check_images(path, data(21, "b" * 32))
+    assert "was begun on 20 images of files/folder (hash aaaaaaaaaaaa), and data.train now has 21 images" in str(
+        caught.value
+    )
+    assert "put the earlier files back, or choose another --out" in str(caught.value)

@@ -218,9 +218,9 @@ def _images(run: RunFacts) -> str:
 
 def _machine(run: RunFacts) -> str:
     """Say where a run ran, as far as its provenance tells."""
-    provenance = run.provenance
-    machine, versions = provenance.get("machine") or {}, provenance.get("versions") or {}
-    session = (provenance.get("sessions") or [{}])[-1]
+    session = (run.provenance.get("sessions") or [{}])[-1]
+    environment = dict(enumerate(run.provenance.get("environments") or [])).get(session.get("environment"), {})
+    machine, versions = environment.get("machine", {}), environment.get("versions", {})
     where = ", ".join(dict.fromkeys(machine.get("gpus", []))) or f"{machine.get('cpu_cores')} CPU cores"
     ranks = f"{session.get('ranks')} × {session.get('device')}"
     return f"Ran on {where} ({ranks}) with underpaint {versions.get('underpaint')}, torch {versions.get('torch')}"

@@ -198,7 +198,9 @@ def run_diffusion_stage(session: Session, tokenizer: Tokenizer, cache: LatentCac
             batches=batches,
             forward=forward,
             export=export,
-            origin=losses.hashes() | ({} if companion is None else {"companion": tensor_hash(companion.state_dict())}),
+            origin=losses.hashes()
+            | ({} if companion is None else {"companion": tensor_hash(companion.state_dict())})
+            | {"tokenizer": cache.identity.tokenizer, "set of training images": cache.identity.data},
         ),
     )
 

@@ -67,6 +67,11 @@ class RunFolder:
         """Checkpoints, ``metrics.jsonl`` and result of a stage."""
         return self.root / "stages" / name
 
+    @property
+    def begun(self) -> bool:
+        """Whether a step of a run has left something here."""
+        return any((self.root / name).exists() for name in ("stages", "latents", "tokenizer", "generator"))
+
     def require(self) -> None:
         """Refuse a folder that no run has written; one whose files are damaged is taken.
 
@@ -104,7 +109,7 @@ class RunFolder:
                 f"'{self.config}' is no recipe that this version of underpaint with its plugins reads: {error} Choose "
                 "another --out."
             ) from error
-        if not any((self.root / name).exists() for name in ("stages", "latents", "tokenizer", "generator")):
+        if not self.begun:
             # A recipe that was refused has left nothing behind that the mended one could not be run on.
             write_atomically(self.config, dump_recipe(recipe))
             return

@@ -7,20 +7,18 @@ import json
 import logging
 import os
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import attrs
-import numpy as np
 import torch
 
 from underpaint.config.recipe import plain_recipe
 from underpaint.config.schema import Recipe
 from underpaint.errors import ConfigError
 from underpaint.evaluation.measure import Shown, make_metrics, measure_generation, measure_reconstruction
-from underpaint.evaluation.protocol import Number, write_numbers
+from underpaint.evaluation.protocol import Number
 from underpaint.models.build import build_tokenizer, load_tokenizer
 from underpaint.models.folders import load_folder, save_tokenizer
 from underpaint.models.generator import Generator
@@ -31,6 +29,7 @@ from underpaint.run.data import RunData, build_cache, cache_statistics, check_si
 from underpaint.run.diffusion_stage import check_diffusion, run_diffusion_stage
 from underpaint.run.folder import RunFolder
 from underpaint.run.joint_stage import check_denoiser
+from underpaint.run.kept import Kept
 from underpaint.run.notes import write_notes
 from underpaint.run.session import Session
 from underpaint.run.small_images import leave_out_small
@@ -106,6 +105,8 @@ def _run(session: Session, until: str | None) -> None:
     recipe, folder, ranks, data = session.recipe, session.folder, session.ranks, session.data
 
     def recorded() -> None:
+        if folder.begun:
+            provenance.check_images(folder.provenance, data.facts())
         provenance.record_start(
             folder.provenance,
             seed=recipe.seed,
@@ -124,9 +125,7 @@ def _run(session: Session, until: str | None) -> None:
             f"data: {data.left_out} of {total} training images have a short side below {recipe.data.min_side} px and "
             "are left out",
         )
-    numbers: list[Number] = []
-    pictures: dict[str, Any] = {}
-    timings: dict[str, float] = {}
+    kept = Kept(session)
     tokenizer = build_tokenizer(recipe.tokenizer, recipe.seed)
     tokenizer.grid(data.config.height, data.config.width)
     check_sizes(data, tokenizer.stride)
@@ -141,32 +140,27 @@ def _run(session: Session, until: str | None) -> None:
     decodes = recipe.tokenizer.load is not None
     for index, stage in enumerate(recipe.stages):
         result = folder.stage(stage.name) / "tokenizer"
-        with _timed(timings, stage.name):
-            if not (result / "config.json").exists():
-                _say(ranks, f"stage {stage.name}: {' + '.join(stage.trains)} for {stage.steps} steps")
+        if not (result / "config.json").exists():
+            _say(ranks, f"stage {stage.name}: {' + '.join(stage.trains)} for {stage.steps} steps")
+            with kept.timed(stage.name):
                 run_tokenizer_stage(session, index, tokenizer)
-            tokenizer = load_tokenizer(str(result))
+        tokenizer = load_tokenizer(str(result))
         if decodes or any(part.startswith("decoder") for part in stage.trains):
             decodes = True
-            found, shown = _measured_reconstruction(session, tokenizer, metrics, stage.name)
-            numbers += found
-            pictures[f"reconstructions_{stage.name}"] = shown.images
-            pictures |= {"originals": shown.originals, "reconstructions": shown.images, "latents": shown.latents}
-        _keep(session, numbers, pictures, timings)
+            kept.reconstructed(*_measured_reconstruction(session, tokenizer, metrics, stage.name), stage.name)
+        kept.write()
         if until == stage.name:
-            return _finish(session, numbers, pictures, timings)
+            return _finish(session, kept)
     if not recipe.stages:
-        found, shown = _measured_reconstruction(session, tokenizer, metrics, "")
-        numbers += found
-        pictures |= {"originals": shown.originals, "reconstructions": shown.images, "latents": shown.latents}
+        kept.reconstructed(*_measured_reconstruction(session, tokenizer, metrics, ""), None)
     if recipe.diffusion is None:
         if ranks.is_main:
             save_tokenizer(tokenizer, folder.tokenizer)
-        return _finish(session, numbers, pictures, timings)
+        return _finish(session, kept)
 
-    with _timed(timings, "latents"):
-        if not (folder.latents / "index.json").exists():
-            _say(ranks, f"latents: encoding {len(data.train_indices)} images")
+    if not (folder.latents / "index.json").exists():
+        _say(ranks, f"latents: encoding {len(data.train_indices)} images")
+    with kept.timed("latents"):
         tokenizer = tokenizer.to(ranks.device)
         cache = build_cache(folder.latents, tokenizer, data, recipe.latents, ranks)
         tokenizer = tokenizer.cpu()
@@ -175,26 +169,21 @@ def _run(session: Session, until: str | None) -> None:
             save_tokenizer(tokenizer, folder.tokenizer)
         ranks.barrier()
     if until == "latents":
-        return _finish(session, numbers, pictures, timings)
+        return _finish(session, kept)
 
-    with _timed(timings, "diffusion"):
-        if not (folder.generator / "config.json").exists():
-            _say(ranks, f"diffusion: {recipe.diffusion.backbone.name} for {recipe.diffusion.steps} steps")
+    if not (folder.generator / "config.json").exists():
+        _say(ranks, f"diffusion: {recipe.diffusion.backbone.name} for {recipe.diffusion.steps} steps")
+        with kept.timed("diffusion"):
             run_diffusion_stage(session, tokenizer, cache)
     if until == "diffusion":
-        return _finish(session, numbers, pictures, timings)
+        return _finish(session, kept)
 
-    with _timed(timings, "samples"):
+    with kept.timed("samples", anew=True):
         _say(ranks, f"samples: drawing {_sample_count(session)} images")
         generator = load_folder(folder.generator)
         assert isinstance(generator, Generator)
-        found, shown = _measured_generation(session, generator.to(ranks.device))
-        numbers += found
-        asked: dict[str, Any] = {"captions": np.array(shown.captions)}
-        if shown.captions is None:
-            asked = {"labels": shown.labels, "classes": np.array(data.classes or ("",))}
-        pictures["samples"] = {"images": shown.images, **asked}
-    return _finish(session, numbers, pictures, timings)
+        kept.sampled(*_measured_generation(session, generator.to(ranks.device)), data.classes)
+    return _finish(session, kept)
 
 
 # ------------------------------------------------------------------------------------------- measuring
@@ -252,29 +241,10 @@ def _image_facts(data: RunData) -> dict[str, Any]:
     }
 
 
-# --------------------------------------------------------------------------------------------- keeping
-
-
-def _keep(session: Session, numbers: list[Number], pictures: dict[str, Any], timings: dict[str, float]) -> None:
-    """Write what is known so far, so that an interrupted run has a report too."""
-    if not session.ranks.is_main:
-        return
-    folder = session.folder
-    folder.samples.mkdir(exist_ok=True)
-    folder.report.mkdir(exist_ok=True)
-    write_numbers(folder.report / "numbers.json", numbers)
-    tokens = {k: v for k, v in pictures.items() if not k.startswith("sample")}
-    if tokens:
-        np.savez_compressed(folder.samples / "reconstructions.npz", **tokens)
-    if "samples" in pictures:
-        np.savez_compressed(folder.samples / "samples.npz", **pictures["samples"])
-    provenance.update(folder.provenance, seconds={name: round(value, 1) for name, value in timings.items()})
-
-
-def _finish(session: Session, numbers: list[Number], pictures: dict[str, Any], timings: dict[str, float]) -> None:
+def _finish(session: Session, kept: Kept) -> None:
     from underpaint.report.page import write_report
 
-    _keep(session, numbers, pictures, timings)
+    kept.write()
     if session.ranks.is_main:
         path = write_report(session.folder.root)
         _say(session.ranks, f"report: {path}")
@@ -282,17 +252,6 @@ def _finish(session: Session, numbers: list[Number], pictures: dict[str, Any], t
 
 
 # --------------------------------------------------------------------------------------------- helpers
-
-
-class _timed:  # noqa: N801 - reads as a statement
-    def __init__(self, timings: dict[str, float], name: str) -> None:
-        self._timings, self._name = timings, name
-
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._timings[self._name] = time.perf_counter() - self._start
 
 
 def _on_main(ranks: Ranks, action: Callable[[], None]) -> None:

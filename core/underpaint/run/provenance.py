@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from underpaint.config.recipe import write_atomically
 from underpaint.errors import DataError
 from underpaint.registration.manager import manager
 
-__all__ = ["git_state", "record_start", "update"]
+__all__ = ["check_images", "git_state", "record_start", "seconds", "update"]
 
 _LIBRARIES = (
     "underpaint",
@@ -34,12 +35,13 @@ _LIBRARIES = (
 def record_start(path: Path, *, seed: int, command: list[str], data: dict[str, Any], ranks: int, device: str) -> None:
     """Write ``provenance.json`` at the start of a run, or add a session to it after a resume.
 
+    The file holds every environment that a session ran in, and each session says which one was its own.
+
     Raises:
         DataError: The file of earlier sessions is damaged.
     """
-    previous = _read(path)["sessions"] if path.exists() else []
-    session = {"started": _now(), "command": command, "ranks": ranks, "device": device}
-    record = {
+    record = _read(path) if path.exists() else {"sessions": []}
+    environment = {
         "versions": {name: _version(name) for name in _LIBRARIES},
         "python": platform.python_version(),
         "machine": _machine(),
@@ -48,11 +50,37 @@ def record_start(path: Path, *, seed: int, command: list[str], data: dict[str, A
             {"name": r.name, "distribution": r.distribution, "origin": r.origin, "status": r.status}
             for r in manager().records
         ],
-        "seed": seed,
-        "data": data,
-        "sessions": [*previous, session],
     }
+    known = record.setdefault("environments", [])
+    if environment not in known:
+        known.append(environment)
+    session = {
+        "started": _now(),
+        "command": command,
+        "ranks": ranks,
+        "device": device,
+        "environment": known.index(environment),
+    }
+    record |= {"seed": seed, "data": data, "sessions": [*record["sessions"], session]}
     write_atomically(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def check_images(path: Path, data: Mapping[str, Any]) -> None:
+    """Refuse to go on with other training images than those of earlier sessions, if there were any.
+
+    Raises:
+        DataError: They are others, or the file is damaged.
+    """
+    before, now = _read(path).get("data", {}).get("train") if path.exists() else None, data["train"]
+    if before is not None and before["hash"] != now["hash"]:
+        raise DataError(
+            f"The run in '{path.parent}' was begun on {_images(before)}, and data.train now has {_images(now)}; put "
+            "the earlier files back, or choose another --out."
+        )
+
+
+def _images(facts: Mapping[str, Any]) -> str:
+    return f"{facts['samples']} images of {facts['name']} (hash {facts['hash'][:12]})"
 
 
 def update(path: Path, **facts: Any) -> None:
@@ -65,6 +93,15 @@ def update(path: Path, **facts: Any) -> None:
     record["sessions"][-1]["ended"] = _now()
     record.update(facts)
     write_atomically(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def seconds(path: Path) -> dict[str, float]:
+    """Return how long steps took in earlier sessions, by name.
+
+    Raises:
+        DataError: The file is damaged.
+    """
+    return dict(_read(path).get("seconds", {}))
 
 
 def git_state(folder: Path) -> dict[str, str | bool] | None:

@@ -89,7 +89,7 @@ def run_tokenizer_stage(session: Session, index: int, tokenizer: Tokenizer) -> L
     if stage.lora is not None:
         # After the count: the sums of the pairs are made once a step, not for every image.
         learner.add_lora(stage.lora)
-    origin = _origin(learner, teacher) | losses.hashes()
+    origin = _origin(learner, teacher) | losses.hashes() | {"set of training images": data.fingerprint()}
     if partner is not None:
         origin |= {f"{name} of the denoiser": found for name, found in partner.losses.hashes().items()}
     keep = None if stage.guard is None else learner.add_guard(stage.guard, ranks.average)

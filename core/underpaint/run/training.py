@@ -63,8 +63,8 @@ class StagePlan:
             the step. None keeps all.
         stop_rule: Makes the rule that may end the stage early, given the engine.
         export: Writes the result, from the full state dict on rank 0.
-        origin: Hashes of weights that the stage reads and its checkpoints do not hold, by what they are. A stage does
-            not go on with others.
+        origin: Hashes of weights and images that the stage reads and its checkpoints do not hold, by what they are. A
+            stage does not go on with others.
         notes: What to tell where the stage does not go on from a checkpoint.
     """
 
@@ -94,8 +94,8 @@ def train_stage(session: Session, plan: StagePlan) -> LoopResult:
     """Train a stage from wherever its newest checkpoint is, and export its result.
 
     Raises:
-        DataError: The checkpoint was trained with other frozen weights than those that are there now, or the ranks do
-            not have the same ones.
+        DataError: The checkpoint was trained with other frozen weights or images than those that are there now, or the
+            ranks do not have the same ones.
     """
     config, ranks = session.recipe.engine, session.ranks
     _check_same(ranks, plan)
