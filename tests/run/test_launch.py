@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import subprocess
 import time
@@ -87,6 +89,69 @@ def test_a_signal_saves_and_says_how_to_go_on(number: signal.Signals, code: int,
         assert again.stderr is not None
         first = next(line for line in again.stderr if line.startswith("align "))
         assert first.startswith(f"align {saved + 1}/")
+
+
+LONG = ["stages.align.steps=50000", "engine.checkpoint_every=50000"]
+
+
+def saved_step(out: Path) -> int:
+    (made,) = (out / "stages" / "align" / "checkpoints").glob("step-*/manifest.json")
+    return int(made.parent.name.removeprefix("step-"))
+
+
+def first_step(process: subprocess.Popen[str]) -> int:
+    assert process.stderr is not None
+    line = next(line for line in process.stderr if line.startswith("align "))
+    return int(line.split()[1].split("/")[0])
+
+
+def group_is_gone(group: int) -> bool:
+    """Whether no process of a session is left but those that only wait to be counted."""
+    left = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
+            left += [stat] if int(session) == group and state != "Z" else []
+    return not left
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGINT, 130)])
+def test_a_signal_to_all_processes_saves_too_where_others_read_the_images(
+    number: signal.Signals, code: int, tmp_path: Path
+) -> None:
+    # As a terminal sends Ctrl-C, and launchers and schedulers their signals: to the readers as well.
+    recipe, out = recipe_file(tmp_path), tmp_path / "run"
+    process = train(recipe, out, *LONG, "data.workers=2")
+    assert first_step(process) == 1
+    os.killpg(process.pid, number)
+    error = finish(process)
+    assert process.returncode == code, error
+    assert "Run the same command to go on" in error
+    assert "Traceback" not in error
+    again = train(recipe, out, *LONG, "data.workers=2")
+    assert first_step(again) == saved_step(out) + 1
+    again.kill()
+    again.communicate()
+    end = time.monotonic() + 60
+    while not group_is_gone(process.pid) or not group_is_gone(again.pid):
+        assert time.monotonic() < end, "processes that read images live on"
+        time.sleep(0.1)
+
+
+def test_ranks_that_a_launcher_ends_save_where_others_read_the_images(tmp_path: Path) -> None:
+    # torchrun sends SIGTERM to the groups of its ranks.
+    recipe, out = recipe_file(tmp_path), tmp_path / "run"
+    process = train(recipe, out, *LONG, "data.workers=2", ranks=2)
+    assert first_step(process) == 1
+    process.terminate()
+    error = finish(process)
+    assert "Run the same command to go on" in error
+    assert "process that reads images" not in error
+    saved = saved_step(out)
+    again = train(recipe, out, *LONG, "data.workers=2", ranks=2)
+    assert first_step(again) == saved + 1
+    again.terminate()
+    finish(again)
 
 
 # The command, on a disk that takes for ever once half of a file is written. The folder it writes to is in SLOW.

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from underpaint.data.order import Blocks, Order, sample_seed
+from underpaint.data.server import start_server
 from underpaint.data.shipping import Shipped
 from underpaint.errors import BrokenImageError, ConfigError, DataError, UnderpaintError
 from underpaint.interfaces.dataset import Dataset, Sample
@@ -409,6 +410,8 @@ def _same(read: Any) -> Any:
 
 
 def _begin(_: int) -> None:
+    # The fork server may be one that somebody else has started, in the trainer's own group.
+    os.setpgid(0, 0)
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -428,8 +431,7 @@ def _reads(reader: _Reader, positions: Sampler[range] | list[range], workers: in
         yield from (reader[item] for item in positions)
         return
     # A fork of a process with threads (CUDA, gloo, Arrow) can hang; a server forked while it was young cannot.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["underpaint.data.loader"])
+    start_server(__name__)
     pool = DataLoader(
         reader,
         batch_size=None,
@@ -437,7 +439,7 @@ def _reads(reader: _Reader, positions: Sampler[range] | list[range], workers: in
         num_workers=workers,
         collate_fn=_same,
         worker_init_fn=_begin,
-        multiprocessing_context=context,
+        multiprocessing_context="forkserver",
         generator=torch.Generator(),  # its own, or starting workers would advance the run's random numbers
     )
     others = set(multiprocessing.active_children())
