@@ -41,7 +41,7 @@ from underpaint.training.diffusion_stage import (
     check_losses,
     diffusion_losses,
 )
-from underpaint.training.engine import Engine
+from underpaint.training.engine import Engine, check_parts
 from underpaint.training.flops import count_flops
 from underpaint.training.latent_batches import LatentBatch, latent_batches
 from underpaint.training.loop import LoopResult
@@ -51,20 +51,22 @@ from underpaint.weights import tensor_hash
 __all__ = ["check_diffusion", "latent_images", "run_diffusion_stage"]
 
 _PARTS = ("backbone.", "conditioner.")
+_LEARN = ("backbone", "conditioner", "losses")
 
 
 def check_diffusion(recipe: Recipe, tokenizer: Tokenizer, data: RunData, device: torch.device) -> None:
     """Refuse a diffusion model that cannot be made for this tokenizer and data, before hours go into the tokenizer.
 
     Raises:
-        ConfigError: Backbone, conditioner, losses, companion, guidance, sampler, metrics of samples and latents do not
-            fit each other, or the device cannot compute as the recipe asks.
+        ConfigError: Backbone, conditioner, losses, companion, optimizer, guidance, sampler, metrics of samples and
+            latents do not fit each other, or the device cannot compute as the recipe asks.
         DataError: The conditioner needs captions, and there are none to train on or to sample for; or a part needs
             files that are not there.
     """
     config, guidance = recipe.diffusion, recipe.evaluation.guidance
     assert config is not None
     check_guidance(guidance, tokenizer.latent_channels)
+    check_parts(config.optimizer, _LEARN, "diffusion.optimizer")
     image = (data.config.height, data.config.width)
     grid = tokenizer.grid(*image)
     # On the meta device it takes no memory for weights.
@@ -189,7 +191,7 @@ def run_diffusion_stage(session: Session, tokenizer: Tokenizer, cache: LatentCac
             name="diffusion",
             module=module,
             compiled=[*(backbone.blocks() or [backbone]), *losses.units()],
-            parts={"backbone": backbone, "conditioner": conditioner, "losses": module.losses},
+            parts=dict(zip(_LEARN, (backbone, conditioner, module.losses), strict=True)),
             optimizer=config.optimizer,
             steps=config.steps,
             batch=config.batch,

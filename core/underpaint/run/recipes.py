@@ -79,6 +79,9 @@ def _components(recipe: Recipe) -> Iterator[tuple[str, ComponentConfig | LossCon
     for index, stage in enumerate(recipe.stages):
         for position, loss in enumerate(stage.losses):
             yield "loss", loss, f"stages[{index}].losses[{position}]"
+        if stage.stop is not None:
+            for position, metric in enumerate(stage.stop.metrics):
+                yield "metric", metric, f"stages[{index}].stop.metrics[{position}]"
         if stage.denoiser is not None:
             yield "backbone", stage.denoiser.backbone, f"stages[{index}].denoiser.backbone"
             yield "conditioner", stage.denoiser.conditioner, f"stages[{index}].denoiser.conditioner"

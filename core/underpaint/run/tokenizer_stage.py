@@ -21,6 +21,7 @@ from underpaint.models.tokenizer import Tokenizer
 from underpaint.run.data import RunData
 from underpaint.run.joint_stage import Partner
 from underpaint.run.session import Session
+from underpaint.run.stage_check import check_stages
 from underpaint.run.training import StagePlan, train_stage
 from underpaint.training.compilation import units_of
 from underpaint.training.critics import carry_critic
@@ -50,8 +51,13 @@ def run_tokenizer_stage(session: Session, index: int, tokenizer: Tokenizer) -> L
         session: The run.
         index: Which stage of the recipe.
         tokenizer: Where it starts: the previous stage's result, in evaluation mode on the CPU.
+
+    Raises:
+        ConfigError: It or a later stage cannot be trained; said before it is.
     """
     ranks, data = session.ranks, session.data
+    # With those that follow: none of them may turn out to be impossible after the hours of this one.
+    check_stages(session.recipe, index, tokenizer, data)
     stage = session.recipe.stages[index]
     seed = session.stage_seed(index)
     teacher = _teacher(session, stage, tokenizer)
@@ -64,11 +70,6 @@ def run_tokenizer_stage(session: Session, index: int, tokenizer: Tokenizer) -> L
         if item.config.critic is not None and item.config.critic.carry is not None:
             earlier = item.config.critic.carry
             carry_critic(item, session.folder.stage(earlier) / "critics", earlier)
-    if losses.adaptive and session.recipe.engine.zero == 3:
-        raise ConfigError(
-            f"Stage '{stage.name}' has adaptive weights, and engine.zero is 3, which leaves no rank with the whole "
-            "layer that they are measured at; set engine.zero to 2 or less."
-        )
     heads = _take_heads(session, index, losses)
     partner = None if stage.denoiser is None else Partner(session, index, tokenizer, sizes)
     learner = TokenizerModule(
@@ -210,12 +211,6 @@ def _stop_rule(session: Session, stage: StageConfig, module: TokenizerModule, en
     if config is None:
         return None
     metrics = make_metrics(config.metrics, ranks.device)
-    for item, metric in zip(config.metrics, metrics, strict=True):
-        if metric.higher_is_better is None:
-            raise ConfigError(
-                f"stop.metrics of stage '{stage.name}' has '{item.name}', which does not say whether higher is better; "
-                "name another metric."
-            )
     view = Tokenizer(module.encoder, module.adapter, module.decoder)
 
     def measure() -> dict[str, tuple[float, bool | None]]:

@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from underpaint.training.ranks import Ranks
 from underpaint.training.schedule import ema_decay, rate_factor
 from underpaint.training.state import StateReader, write_state
 
-__all__ = ["Engine", "NotFiniteError", "StepResult"]
+__all__ = ["Engine", "NotFiniteError", "StepResult", "check_parts"]
 
 _log = logging.getLogger("underpaint")
 
@@ -56,12 +56,27 @@ class StepResult:
     dropped: bool | None = None
 
 
-def _groups(module: nn.Module, parts: Mapping[str, nn.Module], config: OptimizerConfig) -> list[Group]:
-    unknown = sorted(set(config.parts) - set(parts))
+def check_parts(config: OptimizerConfig, parts: Iterable[str], path: str = "optimizer") -> None:
+    """Refuse settings of single parts that name no part.
+
+    Args:
+        config: The optimizer.
+        parts: Names of what it trains.
+        path: Where it stands in the recipe, for the message.
+
+    Raises:
+        ConfigError: It names another part.
+    """
+    known = set(parts)
+    unknown = sorted(set(config.parts) - known)
     if unknown:
         raise ConfigError(
-            f"optimizer.parts names '{unknown[0]}', which is no part that is trained here. {suggest(unknown[0], parts)}"
+            f"{path}.parts names '{unknown[0]}', which is no part that is trained here. {suggest(unknown[0], known)}"
         )
+
+
+def _groups(module: nn.Module, parts: Mapping[str, nn.Module], config: OptimizerConfig) -> list[Group]:
+    check_parts(config, parts)
     owner = {id(param): name for name, part in reversed(list(parts.items())) for param in part.parameters()}
     members: dict[str, list[tuple[str, nn.Parameter]]] = {}
     for name, param in module.named_parameters():
