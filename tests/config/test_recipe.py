@@ -167,3 +167,55 @@ def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path: Path, monkeypa
         write_atomically(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
+
+
+GAN = "critics/patchgan"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["stages.0.losses=[l1, {name: mse, start: 3}]"],
+            "stages[0].losses[1].start is 3, and there are 3 steps, so the loss 'mse' would never count; set",
+        ),
+        (
+            ["stages.0.losses=[{name: l1, start: 1, end: 1}]"],
+            "stages[0].losses[0].end is 1, and start is 1, so the loss",
+        ),
+        (["stages.0.losses=[{name: l1, end: 0}]"], "stages[0].losses[0].end is 0, and start is 0, so the loss 'l1'"),
+        (
+            [f"stages.0.losses=[l1, {{name: {GAN}, critic: {{start: 4}}}}]"],
+            "stages[0].losses[1].critic.start is 4, and there are 3 steps, so the critic of 'critics/patchgan'",
+        ),
+        (
+            ["diffusion={backbone: sit/S-1, conditioner: labels, steps: 5, losses: [{name: velocity, start: 5}]}"],
+            "diffusion",
+        ),
+        (
+            [
+                "stages.0.denoiser={backbone: sit/S-1, conditioner: labels, losses: [{name: repa, start: 9}]}",
+            ],
+            "stages[0].denoiser.losses[0].start is 9",
+        ),
+    ],
+)
+def test_a_loss_that_would_never_count_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        recipe_from_plain(apply_overrides(minimal(), overrides))
+    assert str(caught.value).startswith(message)
+
+
+def test_a_stage_may_train_a_critic_for_a_later_one_alone() -> None:
+    plain = minimal()
+    (first,) = plain["stages"]
+    first["losses"] = ["l1", {"name": GAN, "start": 3}]
+    with pytest.raises(ConfigError, match="never count"):
+        recipe_from_plain(plain)
+    second = {**first, "name": "second", "losses": ["l1", {"name": GAN, "critic": {"carry": "align"}}]}
+    recipe_from_plain({**plain, "stages": [first, second]})
+    first["losses"] = ["l1", {"name": GAN, "start": 2, "end": 9, "critic": {"start": 2}}]
+    recipe_from_plain(plain)
+    first["losses"] = ["l1", {"name": GAN, "start": 3, "critic": {"start": 3}}]
+    with pytest.raises(ConfigError, match="would never learn"):
+        recipe_from_plain({**plain, "stages": [first, second]})

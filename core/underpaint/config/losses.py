@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import attrs
@@ -10,8 +10,9 @@ import attrs
 from underpaint.config.component import split_options
 from underpaint.config.engine import OptimizerConfig
 from underpaint.config.ranges import finite, not_negative, positive
+from underpaint.errors import ConfigError
 
-__all__ = ["AdaptiveConfig", "CriticConfig", "LossConfig"]
+__all__ = ["AdaptiveConfig", "CriticConfig", "LossConfig", "check_windows"]
 
 
 @attrs.frozen(kw_only=True)
@@ -80,3 +81,36 @@ class LossConfig:
     def from_plain(value: Any, path: str) -> Any:
         """Accept the flat form that recipes are written in."""
         return split_options(value, path, ("name", "weight", "start", "end", "adaptive", "critic"))
+
+
+def check_windows(losses: Sequence[LossConfig], steps: int, path: str, carried: Collection[str] = ()) -> None:
+    """Refuse losses that would never count, and critics that would never learn.
+
+    Args:
+        losses: Losses of a training.
+        steps: Its optimizer steps.
+        path: Where they stand in the recipe.
+        carried: Names of losses whose critics a later stage trains on: this stage may be there for the critic alone.
+
+    Raises:
+        ConfigError: There is one.
+    """
+    for index, loss in enumerate(losses):
+        place = f"{path}[{index}]"
+        if loss.critic is not None and loss.critic.start >= steps:
+            raise ConfigError(
+                f"{place}.critic.start is {loss.critic.start}, and there are {steps} steps, so the critic of "
+                f"'{loss.name}' would never learn; set it below {steps}, train longer, or remove the loss."
+            )
+        if loss.name in carried:
+            continue
+        if loss.start >= steps:
+            raise ConfigError(
+                f"{place}.start is {loss.start}, and there are {steps} steps, so the loss '{loss.name}' would never "
+                f"count; set it below {steps}, train longer, or remove the loss."
+            )
+        if loss.end is not None and loss.end <= loss.start:
+            raise ConfigError(
+                f"{place}.end is {loss.end}, and start is {loss.start}, so the loss '{loss.name}' would never count; "
+                "set end above start, or remove the loss."
+            )

@@ -12,6 +12,7 @@ from underpaint.config.diffusion import DiffusionConfig
 from underpaint.config.engine import EngineConfig
 from underpaint.config.evaluation import EvaluationConfig
 from underpaint.config.joint import check_joint
+from underpaint.config.losses import check_windows
 from underpaint.config.stages import StageConfig
 from underpaint.config.tokenizer import TokenizerConfig
 from underpaint.errors import ConfigError, suggest
@@ -97,7 +98,11 @@ class Recipe:
                 raise ConfigError(f"{path}.ema_ramp is set, but ema is null; set ema to the decay it leads to.")
             if stage.denoiser is not None:
                 check_joint(stage, path, self.engine)
+                check_windows(stage.denoiser.losses, stage.steps, f"{path}.denoiser.losses")
+            check_windows(stage.losses, stage.steps, f"{path}.losses", self._carried(stage.name))
             seen.append(stage.name)
+        if self.diffusion is not None:
+            check_windows(self.diffusion.losses, self.diffusion.steps, "diffusion.losses")
         joint = [stage.name for stage in self.stages if stage.denoiser is not None]
         start = None if self.diffusion is None else self.diffusion.start
         if start is not None and start not in joint:
@@ -116,3 +121,8 @@ class Recipe:
                 f"evaluation.guidance.scale is {guidance.scale}, and diffusion.dropout is 0, so the null condition "
                 "that it needs is never trained; set dropout to 0.1, or the scale to 1."
             )
+
+    def _carried(self, stage: str) -> list[str]:
+        """Return the losses whose critics are handed on by a stage."""
+        losses = [loss for other in self.stages for loss in other.losses]
+        return [loss.name for loss in losses if loss.critic is not None and loss.critic.carry == stage]
