@@ -202,3 +202,14 @@ def test_a_signal_in_the_last_step_ends_the_run(alone: Ranks, tmp_path: Path) ->
         run(alone, tmp_path, step_fn=step_fn)
     assert (caught.value.signal, caught.value.step) == ("SIGTERM", 6)
     assert [path.name for path in tmp_path.iterdir()] == ["step-0000006"]
+
+
+def test_a_signal_while_the_last_step_is_saved_ends_the_run(alone: Ranks, tmp_path: Path) -> None:
+    def save(place: Path) -> None:
+        signal.raise_signal(signal.SIGUSR1)
+        (place / "file").write_text("x")
+
+    with pytest.raises(Stopped) as caught:
+        run(alone, tmp_path, save=save)
+    assert (caught.value.signal, caught.value.step) == ("SIGUSR1", 6)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-0000006"]

@@ -170,10 +170,7 @@ def train_loop(
                 log.row(done, values)
             call("on_step_end", stage=name, step=done, scalars=values)
             sums, waited, last, logged_step = {}, 0.0, now, done
-        signal = stop.requested
-        if ranks.world_size > 1:
-            signals = ranks.all_gather_object(signal) if finished or _due(done, config) else [None]
-            signal = next((s for s in signals if s), None)
+        signal = _asked(stop, ranks) if ranks.world_size == 1 or finished or _due(done, config) else None
         if signal or done % config.checkpoint_every == 0 or finished:
             watchdog.at(step + 1, "saves")
             checkpoint = store.save(done, save, {"stage": name, "skipped": skipped, "origin": dict(origin or {})})
@@ -182,6 +179,9 @@ def train_loop(
                 call("on_checkpoint_saved", stage=name, step=done, checkpoint=checkpoint.folder)
             if done == logged_step:
                 last = time.perf_counter()
+            if finished:
+                # No later step will ask for a signal that came while the last one was saved.
+                signal = signal or _asked(stop, ranks)
         # First, or a signal in the last step would be lost, and the next stage begin.
         if signal:
             raise Stopped(signal, saved)
@@ -196,6 +196,12 @@ def _keep_skipped(step: int, shown: list[Any], log: StageLog | None, ranks: Rank
     samples = [key for part in ranks.all_gather_object(mine) for key in part]
     if log is not None:
         log.skipped(step, samples)
+
+
+def _asked(stop: StopRequest, ranks: Ranks) -> str | None:
+    """Return the signal that any rank was sent, the same on all. Every rank calls it."""
+    signals = [stop.requested] if ranks.world_size == 1 else ranks.all_gather_object(stop.requested)
+    return next((signal for signal in signals if signal), None)
 
 
 def _due(step: int, config: EngineConfig) -> bool:
