@@ -177,7 +177,7 @@ GAN = "critics/patchgan"
     [
         (
             ["stages.0.losses=[l1, {name: mse, start: 3}]"],
-            "stages[0].losses[1].start is 3, and there are 3 steps, so the loss 'mse' would never count; set",
+            "stages[0].losses[1].start is 3, and steps is 3, so the loss 'mse' would never count; set",
         ),
         (
             ["stages.0.losses=[{name: l1, start: 1, end: 1}]"],
@@ -186,7 +186,7 @@ GAN = "critics/patchgan"
         (["stages.0.losses=[{name: l1, end: 0}]"], "stages[0].losses[0].end is 0, and start is 0, so the loss 'l1'"),
         (
             [f"stages.0.losses=[l1, {{name: {GAN}, critic: {{start: 4}}}}]"],
-            "stages[0].losses[1].critic.start is 4, and there are 3 steps, so the critic of 'critics/patchgan'",
+            "stages[0].losses[1].critic.start is 4, and steps is 3, so the critic of 'critics/patchgan'",
         ),
         (
             ["diffusion={backbone: sit/S-1, conditioner: labels, steps: 5, losses: [{name: velocity, start: 5}]}"],

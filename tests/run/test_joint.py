@@ -242,7 +242,7 @@ TEXT = "stages.joint.denoiser.conditioner={name: text/open_clip, model: ViT-S-32
 
 @pytest.mark.slow
 def test_texts_condition_it(tmp_path: Path) -> None:
-    run_recipe(recipe("stages.joint.steps=1", TEXT), tmp_path / "run")
+    run_recipe(recipe("stages.joint.steps=2", TEXT), tmp_path / "run")
     assert generator(tmp_path / "run").sample(["a red circle"], seeds=[0]).shape == (1, 3, 32, 32)
 
 

@@ -180,6 +180,26 @@ def test_interrupted_training_goes_on_bit_by_bit(
     check_equal(tmp_path / "run", adversarial)
 
 
+@pytest.mark.parametrize("place", [20, -20], ids=["header", "weights"])
+def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(
+    adversarial: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, place: int
+) -> None:
+    cut(monkeypatch, "second", 4)
+    with pytest.raises(Cut):
+        run_recipe(recipe(FIRST, SECOND), tmp_path / "run")
+    newest = tmp_path / "run" / "stages" / "second" / "checkpoints" / "step-0000004"
+    (file,) = newest.glob("engine-*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+    run_recipe(recipe(FIRST, SECOND), tmp_path / "run")
+    (message,) = [record.getMessage() for record in caplog.records if "is skipped" in record.getMessage()]
+    assert f"The checkpoint '{newest}' is skipped: the content of '{file.name}' does not match its hash" in message
+    check_equal(tmp_path / "run", adversarial)
+    # The step was trained again, and what was saved of it then is whole.
+    assert file_hash(file) == json.loads((newest / "manifest.json").read_text())["body"]["files"][file.name]["sha256"]
+
+
 def test_a_stage_does_not_depend_on_the_process_that_starts_it(
     adversarial: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

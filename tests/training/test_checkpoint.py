@@ -156,6 +156,21 @@ def test_a_flipped_byte_is_found_on_demand(store, caplog):
     assert "the content of 'weights.bin' does not match its hash" in messages(caplog)[0]
 
 
+def test_one_of_damaged_content_is_replaced_and_pushes_no_other_out(store, caplog):
+    for step in (1, 2):
+        store.save(step, writer(), {"n": 1})
+    path = store._folder / "step-0000002" / "weights.bin"
+    path.write_bytes(path.read_bytes()[::-1])
+    assert store.latest(verify=True).step == 1
+    # Of the two that are kept, none is the damaged one.
+    store.save(3, writer(), {})
+    assert folders(store) == ["step-0000001", "step-0000002", "step-0000003"]
+    assert store.save(2, writer(), {"n": 2}).extra == {"n": 2}
+    assert folders(store) == ["step-0000002", "step-0000003"]
+    assert [checkpoint.step for checkpoint in store._valid(verify=True)] == [3, 2]
+    assert len(messages(caplog)) == 1
+
+
 def test_other_files_do_not_matter(store):
     store.save(1, writer(), {})
     (store._folder / "latest").write_text("")

@@ -99,14 +99,14 @@ def check_windows(losses: Sequence[LossConfig], steps: int, path: str, carried: 
         place = f"{path}[{index}]"
         if loss.critic is not None and loss.critic.start >= steps:
             raise ConfigError(
-                f"{place}.critic.start is {loss.critic.start}, and there are {steps} steps, so the critic of "
+                f"{place}.critic.start is {loss.critic.start}, and steps is {steps}, so the critic of "
                 f"'{loss.name}' would never learn; set it below {steps}, train longer, or remove the loss."
             )
         if loss.name in carried:
             continue
         if loss.start >= steps:
             raise ConfigError(
-                f"{place}.start is {loss.start}, and there are {steps} steps, so the loss '{loss.name}' would never "
+                f"{place}.start is {loss.start}, and steps is {steps}, so the loss '{loss.name}' would never "
                 f"count; set it below {steps}, train longer, or remove the loss."
             )
         if loss.end is not None and loss.end <= loss.start:

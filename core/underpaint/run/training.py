@@ -130,7 +130,8 @@ def train_stage(session: Session, plan: StagePlan) -> LoopResult:
     store = CheckpointStore(
         folder / "checkpoints", config.keep, ranks, config_hash=session.config_hash, plugins=session.plugins
     )
-    latest = store.latest()
+    # Reading costs less than training on what a disk has made of the weights.
+    latest = store.latest(verify=True)
     start = 0
     if latest is not None:
         _check_origin(latest, plan)

@@ -125,9 +125,9 @@ def _read(path: Path, *, verify: bool) -> Checkpoint:
 class CheckpointStore:
     """The checkpoints of one stage, in folders ``step-0000100``.
 
-    A folder is a checkpoint when its manifest parses and every file in it has the size that it says. Anything else is
-    left alone and skipped, with one warning. All methods are called by every rank and give the same answer on each.
-    Saving needs the run's lock.
+    A folder is a checkpoint when its manifest parses and every file in it has the size that it says, and the content
+    where `latest` compares that. Anything else is left alone and skipped, with one warning. All methods are called by
+    every rank and give the same answer on each. Saving needs the run's lock.
 
     Args:
         folder: Where they are; made at the first save.
@@ -153,7 +153,8 @@ class CheckpointStore:
         self._config_hash = config_hash
         self._plugins = dict(plugins or {})
         self._failures = 0
-        self._warned: set[str] = set()
+        # Names of folders that were found to be no valid checkpoint; of content, only a look at every byte finds out.
+        self._damaged: set[str] = set()
 
     def _committed(self) -> list[tuple[int, Path]]:
         """Return what looks like a checkpoint, newest first."""
@@ -162,10 +163,15 @@ class CheckpointStore:
         matches = ((_COMMITTED.fullmatch(path.name), path) for path in self._folder.iterdir())
         return sorted(((int(match.group(1)), path) for match, path in matches if match is not None), reverse=True)
 
+    def _look(self, path: Path, *, verify: bool = False) -> Checkpoint:
+        if path.name in self._damaged:
+            raise _InvalidError("it was found to be damaged before")
+        return _read(path, verify=verify)
+
     def _valid(self, *, verify: bool = False, refuse: bool = False) -> Iterator[Checkpoint]:
         for _, path in self._committed():
             try:
-                yield _read(path, verify=verify)
+                yield self._look(path, verify=verify)
             except _OtherFormatError as reason:
                 if refuse:
                     raise DataError(
@@ -173,8 +179,8 @@ class CheckpointStore:
                         "the version that the run's provenance.json names, or choose another --out to start anew."
                     ) from None
             except _InvalidError as reason:
-                if path.name not in self._warned:
-                    self._warned.add(path.name)
+                if path.name not in self._damaged:
+                    self._damaged.add(path.name)
                     _log.warning("The checkpoint '%s' is skipped: %s.", path, reason)
 
     def latest(self, *, verify: bool = False) -> Checkpoint | None:
@@ -247,7 +253,7 @@ class CheckpointStore:
                 if _LEFTOVER.fullmatch(path.name):
                     shutil.rmtree(path, ignore_errors=True)
             try:
-                _read(self._folder / name, verify=False)
+                self._look(self._folder / name)
             except _InvalidError:
                 for rank in range(self._ranks.world_size):
                     (self._folder / temporary / _own(rank)).mkdir(parents=True)
@@ -333,6 +339,7 @@ class CheckpointStore:
             if target.exists():
                 self._remove(target)
             path.rename(target)
+            self._damaged.discard(target.name)
             _sync(self._folder)
         except OSError as error:
             return f"rank 0: {error}"
