@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,14 @@ class Bench:
         """Folder of the matrix."""
         return self.folder / "out"
 
-    def run(self, path: Path, *overrides: str, **behaviour: str) -> MatrixRun:
+    def run(
+        self, path: Path, *overrides: str, launcher: Sequence[str] = (sys.executable,), **behaviour: str
+    ) -> MatrixRun:
         """Run the matrix; `behaviour` says what the cells do."""
         self.out.mkdir(exist_ok=True)
         (self.out / "behaviour.json").write_text(json.dumps(behaviour))
         _, cells = resolved(path, *overrides)
-        return run_cells(cells, self.out, [sys.executable, str(FAKE)], self.said.append)
+        return run_cells(cells, self.out, [*launcher, str(FAKE)], self.said.append)
 
     def calls(self) -> list[str]:
         """Return what was called since the last question."""

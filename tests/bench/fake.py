@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from underpaint.config.recipe import write_atomically
 from underpaint.evaluation.protocol import Number, write_numbers
 
 
@@ -26,6 +27,8 @@ def train(folder: Path, name: str, config: dict, does: str) -> None:
         os._exit(7)
     if does == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if does in ("ranks", "ranks alone"):
+        rank(folder, does)
     progress = folder / "progress"
     if does == "slow" and not progress.exists():
         signal.signal(signal.SIGTERM, lambda *_: (progress.write_text("half"), os._exit(143)))
@@ -50,6 +53,24 @@ def train(folder: Path, name: str, config: dict, does: str) -> None:
     counts = {"train": 1900, "validation": 100}
     provenance["data"] = {part: {"name": "scenes", "samples": count} for part, count in counts.items()}
     (folder / "provenance.json").write_text(json.dumps(provenance))
+
+
+def rank(folder: Path, does: str) -> None:
+    """Be one of the processes of a launcher that takes a moment to save when it is asked to stop."""
+    own = os.environ["RANK"]
+
+    def save(*_: object) -> None:
+        time.sleep(0.5)
+        (folder / f"saved-{own}").touch()
+        os._exit(143)
+
+    signal.signal(signal.SIGTERM, save)
+    write_atomically(folder / f"rank-{own}", str(os.getpid()))
+    while len(list(folder.glob("rank-*"))) < 2:
+        time.sleep(0.02)
+    if does == "ranks alone" and own == "0":
+        os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(100)
 
 
 def measure(folder: Path, does: str) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -116,6 +118,43 @@ def test_a_signal_reaches_the_cell_and_the_next_run_goes_on(bench: Bench) -> Non
     bench.calls()
     assert bench.run(path, second="slow").done == ("one", "second", "the-third")
     assert bench.calls() == everything("second", "the-third")
+
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+
+
+def ranks_left(folder: Path) -> list[int]:
+    """Return which of two ranks are still alive."""
+    numbers = [int((folder / f"rank-{rank}").read_text()) for rank in range(2)]
+    return [number for number in numbers if psutil.pid_exists(number) and psutil.Process(number).status() != "zombie"]
+
+
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM"])
+def test_a_signal_reaches_the_ranks_of_a_launcher(bench: Bench, name: str) -> None:
+    path = write_matrix(bench.folder)
+    folder = cell_folder(bench.out, resolved(path)[1][0])
+
+    def ask() -> None:
+        while len(list(folder.glob("rank-*"))) < 2:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.Signals[name])
+
+    asker = threading.Thread(target=ask)
+    asker.start()
+    done = bench.run(path, launcher=TORCHRUN, one="ranks")
+    asker.join()
+    assert (done.failed, done.stopped) == ((), name)
+    assert record(bench, path, "one").reason == f"interrupted by {name}"
+    assert ranks_left(folder) == []
+    assert sorted(file.name for file in folder.glob("saved-*")) == ["saved-0", "saved-1"]
+
+
+def test_ranks_do_not_outlive_their_launcher(bench: Bench) -> None:
+    path = write_matrix(bench.folder)
+    done = bench.run(path, launcher=TORCHRUN, one="ranks alone", second="exit", **{"the-third": "exit"})
+    assert "one" in done.failed
+    assert "killed by SIGKILL" in record(bench, path, "one").reason
+    assert ranks_left(cell_folder(bench.out, resolved(path)[1][0])) == []
 
 
 def test_a_matrix_that_was_killed_goes_on(bench: Bench) -> None:

@@ -9,11 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 
 import attrs
+import psutil
 
 from underpaint.bench.cells import CellRecord, cell_folder, read_record, write_record
 from underpaint.bench.matrix import LOADS, Cell
@@ -26,6 +28,9 @@ from underpaint.training.signals import StopRequest
 __all__ = ["MatrixRun", "run_cells"]
 
 _MEASURE = (sys.executable, "-m", "underpaint.bench.measure")
+_MARK = "UNDERPAINT_CELL"
+# Seconds in which the system takes a killed process away, unless a device or a disk holds it.
+_GONE = 10.0
 _TAIL = 30
 _READ = 64 * 1024
 # How Python, this program and launchers say what went wrong, after what may stand before it in a log of ranks.
@@ -145,14 +150,20 @@ def _call(command: Sequence[str], log: Path, stop: StopRequest) -> tuple[list[st
         file.write(f"== {now} {' '.join(command)}\n".encode())
         file.flush()
         begin = file.tell()
+        mark = uuid.uuid4().hex
         # A session of its own, because Ctrl-C would reach it twice: from the terminal, and from here.
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, _MARK: mark},
         )
         try:
             _wait(process, stop)
         finally:
-            _end(process)
+            _end(process, mark)
     with log.open("rb") as read:
         read.seek(max(begin, log.stat().st_size - _READ))
         lines = read.read().decode(errors="replace").splitlines()
@@ -163,17 +174,35 @@ def _wait(process: subprocess.Popen[bytes], stop: StopRequest) -> None:
     told = False
     while process.poll() is None:
         if stop.requested and not told:
-            process.send_signal(signal.Signals[stop.requested])
+            # Whatever was asked for here: it is the one signal that launchers hand on to their ranks and wait for.
+            process.terminate()
             told = True
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=0.2)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Leave nothing behind that would hold a GPU: launchers and loaders may outlive the process that started them."""
+def _end(process: subprocess.Popen[bytes], mark: str) -> None:
+    """Leave nothing behind that would hold a GPU: ranks and loaders may outlive the process that started them."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    # Launchers give each rank a session of its own, and one that has died is no longer known as their parent.
+    left = _marked(mark)
+    for other in left:
+        with contextlib.suppress(psutil.Error):
+            other.kill()
+    psutil.wait_procs(left, timeout=_GONE)
+
+
+def _marked(mark: str) -> list[psutil.Process]:
+    """Return the processes that were given a mark in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        # What cannot be looked into is of another user, or has just ended.
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(_MARK) == mark:
+                found.append(process)
+    return found
 
 
 def _reason(code: int, log: Sequence[str]) -> str:
