@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from underpaint import BrokenImageError
@@ -100,6 +100,23 @@ def test_an_oblong_zoomed_crop_keeps_its_shape():
     # Half of the largest crop of 1:2, which is 32×64: 16×32 pixels in 8×16.
     assert np.diff(cut[4, 3:13, 0]).mean() == pytest.approx(2.0, abs=0.1)
     assert np.diff(cut[2:6, 8, 1]).mean() == pytest.approx(2.0, abs=0.3)
+
+
+@settings(max_examples=200)
+@given(
+    height=st.integers(MIN_SIDE, 200),
+    width=st.integers(MIN_SIDE, 200),
+    tall=st.integers(1, 120),
+    wide=st.integers(1, 120),
+    low=st.floats(0.01, 1.0),
+    seed=st.integers(0, 100),
+)
+# A side that fills the image and is above it by a rounding error.
+@example(height=29, width=31, tall=100, wide=100, low=1.0, seed=0)
+def test_a_zoomed_crop_lies_within_the_image(height, width, tall, wide, low, seed):
+    cut = Crop(tall, wide, "random", zoom=(low, 1.0))(np.full((height, width, 3), 255, np.uint8), rng(seed))
+    assert cut.shape == (tall, wide, 3)
+    assert cut.min() == 255
 
 
 def test_half_of_the_images_are_flipped():

@@ -73,7 +73,8 @@ class Crop:
         height, width = image.shape[:2]
         share = zoom[0] + (zoom[1] - zoom[0]) * rng.random()
         scale = share / max(self.height / height, self.width / width)
-        tall, wide = self.height * scale, self.width * scale
+        # The side that fills the image is above it by a rounding error for some sizes, and Pillow takes no such box.
+        tall, wide = min(height, self.height * scale), min(width, self.width * scale)
         top, left = rng.random(2) * (height - tall, width - wide)
         box = (left, top, left + wide, top + tall)
         return np.asarray(Image.fromarray(image).resize((self.width, self.height), Image.Resampling.BICUBIC, box=box))
