@@ -130,3 +130,11 @@ def test_reconstructions_that_are_not_finite_are_no_number() -> None:
     images = [Batch(images=black, labels=None, texts=None, keys=("a", "b"), indices=torch.arange(2))]
     with pytest.raises(DataError, match="reconstructions are not finite"):
         measure_reconstruction(tokenizer, images, [], facts={}, show=1)
+
+
+def test_a_rank_without_images_measures_with_the_others() -> None:
+    (number,), shown = measure_reconstruction(make_tokenizer(), (), [Mean()], facts={}, show=2)
+    assert number.value == 0.0
+    assert shown.originals is not None
+    assert shown.latents is not None
+    assert len(shown.images) == len(shown.originals) == len(shown.latents) == 0

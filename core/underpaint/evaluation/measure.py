@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -142,6 +143,10 @@ def measure_reconstruction(
             latents.append(z[:take].float().cpu().numpy())
             shown += take
     numbers = _numbers(metrics, {**facts, "compared": "reconstructions with their originals"}, "r")
+    if not shown:
+        # Of this rank: there may be fewer images than ranks.
+        empty = np.zeros((0, 1, 1, 3), np.uint8)
+        return numbers, Shown(empty, empty, np.zeros((0, 1, 1, 1), np.float32))
     return numbers, Shown(np.concatenate(decoded), np.concatenate(originals), np.concatenate(latents))
 
 
@@ -243,7 +248,11 @@ def _numbers(metrics: Sequence[Metric], facts: Mapping[str, Any], side: str) -> 
     # r and g as in rFID and gFID: one distance, of reconstructions and of generated images.
     numbers = []
     for metric in metrics:
-        for name, value in metric.compute().items():
+        with warnings.catch_warnings():
+            # A rank may have had none of the images; a metric that was given none on any refuses that itself.
+            warnings.filterwarnings("ignore", r"The ``compute`` method of metric \w+ was called before", UserWarning)
+            values = metric.compute()
+        for name, value in values.items():
             label = name if metric.paired else f"{side}{name[0].upper()}{name[1:]}" if name != "fid" else f"{side}FID"
             protocol = {**facts, **metric.protocol()}
             better = metric.higher_is_better
