@@ -214,6 +214,46 @@ def test_full_disk_ends_with_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert "No space left on device" in capsys.readouterr().err
 
 
+CPU = (
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 "
+    "bytes. Error code 12 (Cannot allocate memory)"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError(CPU), "you tried to allocate 4 bytes"),
+        (
+            RuntimeError("CUDA out of memory. Tried to allocate 3.00 GiB.\nProcess 5 has 70 GiB"),
+            "allocate 3.00 GiB. What",
+        ),
+        (MemoryError(), "Python could not allocate an object. What"),
+        (MemoryError("Unable to allocate 71.1 PiB for an array"), "71.1 PiB"),
+    ],
+)
+def test_memory_that_runs_out_ends_with_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, said: str
+) -> None:
+    def greedy(**_: object) -> int:
+        raise error
+
+    monkeypatch.setattr(cli, "main", greedy)
+    assert call(monkeypatch) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("Error: Memory ran out: ")
+    assert said in line
+
+
+def test_other_errors_of_a_program_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(**_: object) -> int:
+        raise RuntimeError("a mistake in the code")
+
+    monkeypatch.setattr(cli, "main", wrong)
+    with pytest.raises(RuntimeError, match="a mistake"):
+        call(monkeypatch)
+
+
 def test_recipes_list_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(monkeypatch, "recipes", "list", "--json") == 0
     rows = json.loads(capsys.readouterr().out)

@@ -10,6 +10,7 @@ import pytest
 
 from underpaint.config.component import ComponentConfig
 from underpaint.config.stages import StopConfig
+from underpaint.training import stopping
 from underpaint.training.ranks import Ranks
 from underpaint.training.stopping import StopRule
 
@@ -134,3 +135,22 @@ def test_a_rule_that_was_met_still_is(world: Ranks, tmp_path: Path) -> None:
 
 def test_nothing_measured_is_no_reason_to_end(world: Ranks, tmp_path: Path) -> None:
     assert not make_rule(world, tmp_path / "s", []).met
+
+
+def test_a_full_disk_delays_the_file_and_ends_nothing(
+    world: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(path: Path, text: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    rule = make_rule(world, tmp_path / "s", single(5.0, 6.0, 6.0, 6.0))
+    with monkeypatch.context() as patch:
+        patch.setattr(stopping, "write_atomically", full)
+        assert not rule(2)
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "underpaint"]
+    assert message.endswith(
+        "cannot be written ([Errno 28] No space left on device); training goes on, and its lines wait."
+    )
+    assert not (tmp_path / "s").exists()
+    assert end(rule, first=3) == 8
+    assert (tmp_path / "s").read_text().count("\n") == 4

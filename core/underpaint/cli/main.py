@@ -120,7 +120,23 @@ def run() -> None:
         where = f" '{error.filename}'" if error.filename is not None else ""
         _say(f"The system refused{where}: {error.strerror or error}. What was committed before is intact.")
         code = 2
+    except (MemoryError, RuntimeError) as error:
+        if not _is_memory(error):
+            raise
+        said = (str(error).splitlines() or ["Python could not allocate an object"])[0].rstrip(".")
+        _say(
+            f"Memory ran out: {said}. What was committed before is intact; train with a higher engine.accumulation, "
+            "which the same command goes on with, or sample and measure in smaller batches."
+        )
+        code = 2
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _is_memory(error: Exception) -> bool:
+    # By what they say: torch has an error of its own for GPUs alone, and this module does not import torch.
+    return isinstance(error, MemoryError) or any(
+        text in str(error) for text in ("out of memory", "can't allocate memory")
+    )
 
 
 def _say(message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,11 +14,14 @@ from underpaint.training.ranks import Ranks
 
 __all__ = ["StopRule"]
 
+_log = logging.getLogger("underpaint")
+
 
 class StopRule:
     """Watches held-out metrics, and says when none of them got better, or moved, for long enough.
 
-    What was measured is kept in a file of the stage, so a resumed stage decides as an uninterrupted one does.
+    What was measured is kept in a file of the stage, so a resumed stage decides as an uninterrupted one does. A full
+    disk delays the file and ends no training.
 
     Args:
         config: Metrics, interval, patience.
@@ -53,9 +57,15 @@ class StopRule:
             return False
         self._rows.append((step, self._ranks.broadcast_object(dict(self._measure()))))
         if self._ranks.is_main:
-            lines = [json.dumps({"step": at, "values": values}) for at, values in self._rows]
-            write_atomically(self._path, "\n".join(lines) + "\n")
+            self._write()
         return self.met
+
+    def _write(self) -> None:
+        lines = [json.dumps({"step": at, "values": values}) for at, values in self._rows]
+        try:
+            write_atomically(self._path, "\n".join(lines) + "\n")
+        except OSError as error:
+            _log.warning("'%s' cannot be written (%s); training goes on, and its lines wait.", self._path, error)
 
     @property
     def met(self) -> bool:
