@@ -165,12 +165,13 @@ class Record:
     def __init__(self, device: torch.device, out: Path | None, **settings: Any) -> None:
         self._device = device
         self._out = out
-        self._peak, source = peak_flops(device, "bf16")
+        peak, source = peak_flops(device, "bf16") or (None, "not known")
+        self._peak = peak
         self.content: dict[str, Any] = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "commit": commit(),
             "machine": machine(device),
-            "peak": {"flops": self._peak, "source": source},
+            "peak": {"flops": peak, "source": source},
             "convention": "FLOP = 2 multiply-adds, forward and backward counted; recomputation not counted",
             **settings,
             "rows": [],
@@ -201,7 +202,9 @@ class Record:
             rate = batch / result["median_s"]
             row |= {"images_per_second": round(rate, 1), **{key: round(value, 5) for key, value in result.items()}}
             if flops:
-                row |= {"gflop_per_image": round(flops / 1e9, 1), "mfu": round(rate * flops / self._peak, 4)}
+                row |= {"gflop_per_image": round(flops / 1e9, 1)}
+                if self._peak is not None:
+                    row |= {"mfu": round(rate * flops / self._peak, 4)}
         self.content["rows"].append(row)
         return None if "failed" in row else row
 

@@ -43,7 +43,9 @@ def test_run_folder_holds_what_the_design_says(finished: Path) -> None:
     assert provenance["sessions"][-1]["environment"] == 0
     rows = read_rows(finished / "stages" / "align" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    assert {"loss", "l1", "lr", "grad_norm", "images_per_second", "mfu", "data_wait", "memory_gib"} <= rows[0].keys()
+    assert {"loss", "l1", "lr", "grad_norm", "images_per_second", "data_wait", "memory_gib"} <= rows[0].keys()
+    # A CPU's peak is not known, so nothing is a share of it.
+    assert "mfu" not in rows[0]
 
 
 def test_stage_one_leaves_the_encoder_as_it_was(finished: Path) -> None:

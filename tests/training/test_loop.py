@@ -19,7 +19,7 @@ from torch import Tensor
 from underpaint.config.engine import EngineConfig
 from underpaint.training.checkpoint import CheckpointStore
 from underpaint.training.engine import NotFiniteError, StepResult
-from underpaint.training.log import StageLog, read_rows
+from underpaint.training.log import StageLog, format_line, read_rows
 from underpaint.training.loop import LoopResult, StageStep, Stopped, train_loop
 from underpaint.training.ranks import Ranks
 from underpaint.training.signals import StopRequest
@@ -43,6 +43,7 @@ def run(
     end: int | None = None,
     steps: int = 6,
     step_fn: StageStep | None = None,
+    peak: float | None = 1.0,
     save: Callable[[Path], None] = lambda place: (place / "file").write_text("x") and None,
     checkpoint_every: int = 100,
     **config: Any,
@@ -67,7 +68,7 @@ def run(
             steps=steps,
             images_per_step=1,
             flops_per_image=1.0,
-            peak=1.0,
+            peak=peak,
             config=EngineConfig(checkpoint_every=checkpoint_every, **config),
             save=save,
             store=CheckpointStore(folder, 2, alone, config_hash="c", plugins={}),
@@ -102,6 +103,14 @@ def test_a_stage_that_may_end_is_logged_and_saved_there(alone: Ranks, tmp_path: 
     assert result.steps == 3
     assert [(row["step"], row["loss"]) for row in rows] == [(2, 2.0), (3, 5.0)]
     assert [path.name for path in tmp_path.iterdir()] == ["step-0000003"]
+
+
+def test_a_share_of_the_peak_is_logged_where_that_is_known(alone: Ranks, tmp_path: Path) -> None:
+    _, rows = run(alone, tmp_path / "known", log_every=1, peak=2.0)
+    assert all(row["mfu"] == pytest.approx(row["images_per_second"] / 2.0) for row in rows)
+    _, rows = run(alone, tmp_path / "unknown", log_every=1, peak=None)
+    assert not any("mfu" in row for row in rows)
+    assert "MFU" not in format_line(1, 6, rows[0])
 
 
 @pytest.mark.parametrize("ends", [False, True])

@@ -166,7 +166,7 @@ def train_stage(session: Session, plan: StagePlan) -> LoopResult:
     plugins = manager()
     trackers = _trackers(session, folder) if ranks.is_main else []
     log = StageLog(folder, plan.name, steps=plan.steps, start=start, trackers=trackers) if ranks.is_main else None
-    peak, _ = peak_flops(ranks.device, config.precision)
+    peak = peak_flops(ranks.device, config.precision)
     plugins.call("on_stage_start", folder=session.folder.root, stage=plan.name, step=start)
     stream = plan.batches(start, config.accumulation)
     try:
@@ -179,7 +179,7 @@ def train_stage(session: Session, plan: StagePlan) -> LoopResult:
                 steps=steps,
                 images_per_step=plan.batch,
                 flops_per_image=plan.flops,
-                peak=peak,
+                peak=None if peak is None else peak[0],
                 config=config,
                 save=save,
                 store=store,

@@ -6,7 +6,6 @@ backward over the peak of dense matrix products; recomputation is not counted.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import torch
@@ -41,28 +40,16 @@ def count_flops(module: nn.Module, step: Callable[[], Tensor]) -> float:
     return float(counter.get_total_flops())
 
 
-def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
-    """Return the peak of matrix products in FLOP/s, and where the figure comes from.
+def peak_flops(device: torch.device, precision: str) -> tuple[float, str] | None:
+    """Return the peak of matrix products in FLOP/s, and where the figure comes from; None where no datasheet is known.
 
-    Of fp8 training it is that of bf16, which part of the products still use. A device without a datasheet entry is
-    measured: the best of a few products.
+    Of fp8 training it is that of bf16, which part of the products still use. What a few products reach on an unknown
+    device is no peak: others may be faster, and their share of it above 1.
     """
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for part, (bf16, tf32) in _PEAKS.items():
-            if part in name:
-                return (
-                    (tf32, f"{name} datasheet, TF32")
-                    if precision == "fp32"
-                    else (bf16, f"{name} datasheet, dense bf16")
-                )
-    size = 4096 if device.type == "cuda" else 1024
-    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    a = torch.ones(size, size, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(4):
-        start = time.perf_counter()
-        product = a @ a
-        product[0, 0].item()
-        best = min(best, time.perf_counter() - start)
-    return 2.0 * size**3 / best, f"measured {size}×{size} matrix product in {str(dtype).removeprefix('torch.')}"
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    for part, (bf16, tf32) in _PEAKS.items():
+        if part in name:
+            return (tf32, f"{name} datasheet, TF32") if precision == "fp32" else (bf16, f"{name} datasheet, dense bf16")
+    return None

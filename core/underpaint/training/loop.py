@@ -73,7 +73,7 @@ def train_loop(
     steps: int,
     images_per_step: int,
     flops_per_image: float,
-    peak: float,
+    peak: float | None,
     config: EngineConfig,
     save: Callable[[Path], None],
     store: CheckpointStore,
@@ -98,7 +98,7 @@ def train_loop(
         steps: Optimizer steps to reach.
         images_per_step: Global batch.
         flops_per_image: Forward and backward, per image.
-        peak: Peak FLOP/s of one device.
+        peak: Peak FLOP/s of one device; None where it is not known, and no share of it is logged.
         config: Logging, checkpoint and accumulation settings.
         save: Writes the state of all engines into a folder.
         store: Where checkpoints go.
@@ -158,7 +158,7 @@ def train_loop(
                 **{f"lr_{part}" if part else "lr": lr for part, lr in _rates(result.lr).items()},
                 "grad_norm": float(result.grad_norm),
                 "images_per_second": rate,
-                "mfu": rate * flops_per_image / (peak * ranks.world_size),
+                **({} if peak is None else {"mfu": rate * flops_per_image / (peak * ranks.world_size)}),
                 "data_wait": waited / elapsed,
                 "memory_gib": _memory(ranks.device),
                 "seconds": now - begin,
