@@ -66,9 +66,15 @@ def test_parts_of_the_diffusion_model_too(tmp_path: Path) -> None:
     assert message in train(tmp_path, **{"diffusion.optimizer": {"parts": {"model": {"lr": 1e-3}}}})
 
 
-def test_adaptive_weights_of_a_later_stage_and_zero_3(tmp_path: Path) -> None:
-    message = "Stage 'refine' has adaptive weights, and engine.zero is 3"
-    assert message in train(tmp_path, stages=later(losses=ADAPTIVE), **{"engine.zero": 3})
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [
+        (ADAPTIVE, "Stage 'refine' has adaptive weights, and engine.zero is 3"),
+        (["l1", CRITIC], "The loss 'critics/patchgan' has a critic, and engine.zero is 3"),
+    ],
+)
+def test_what_zero_3_cannot_train_in_a_later_stage(tmp_path: Path, losses: list[Any], message: str) -> None:
+    assert message in train(tmp_path, stages=later(losses=losses), **{"engine.zero": 3})
 
 
 def test_a_metric_that_cannot_be_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

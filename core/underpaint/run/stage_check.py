@@ -11,6 +11,7 @@ from underpaint.evaluation.measure import make_metrics
 from underpaint.models.folders import copy_tokenizer
 from underpaint.models.tokenizer import Tokenizer
 from underpaint.run.data import RunData
+from underpaint.training.critics import check_whole
 from underpaint.training.engine import check_parts
 from underpaint.training.terms import WeightedLosses
 from underpaint.training.tokenizer_stage import TokenizerModule, tokenizer_losses, tokenizer_sizes
@@ -50,6 +51,8 @@ def check_stages(recipe: Recipe, first: int, tokenizer: Tokenizer, data: RunData
                 f"Stage '{stage.name}' has adaptive weights, and engine.zero is 3, which leaves no rank with the whole "
                 "layer that they are measured at; set engine.zero to 2 or less."
             )
+        for item in losses.adversaries:
+            check_whole(item, recipe.engine)
         _check_watched(stage)
 
 

@@ -21,7 +21,7 @@ from underpaint.training.ranks import Ranks
 from underpaint.training.terms import LossItem
 from underpaint.weights import load_weights
 
-__all__ = ["CriticTrainer", "carry_critic"]
+__all__ = ["CriticTrainer", "carry_critic", "check_whole"]
 
 
 class _CriticModule(nn.Module):
@@ -36,6 +36,23 @@ class _CriticModule(nn.Module):
         (loss,) = self._outside
         terms = loss.criticise(step)
         return torch.stack([value.float() for value in terms.values()]).sum(), terms
+
+
+def check_whole(item: LossItem, config: EngineConfig) -> None:
+    """Refuse a critic that no rank would have the whole of.
+
+    Args:
+        item: The adversarial loss.
+        config: Engine settings of the run.
+
+    Raises:
+        ConfigError: ZeRO 3 was asked for.
+    """
+    if config.zero == 3:
+        raise ConfigError(
+            f"The loss '{item.config.name}' has a critic, and engine.zero is 3: the model's step needs the whole "
+            "critic on every rank; set engine.zero to 2 or less."
+        )
 
 
 class CriticTrainer:
@@ -70,11 +87,7 @@ class CriticTrainer:
         guard: GuardConfig | None = None,
     ) -> None:
         assert isinstance(item.loss, AdversarialLoss)
-        if config.zero == 3:
-            raise ConfigError(
-                f"The loss '{item.config.name}' has a critic, and engine.zero is 3: the model's step needs the whole "
-                "critic on every rank; set engine.zero to 2 or less."
-            )
+        check_whole(item, config)
         self.key = item.key
         self.dropped: bool | None = None
         settings = item.config.critic or CriticConfig()
