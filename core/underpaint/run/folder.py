@@ -67,6 +67,10 @@ class RunFolder:
         """Checkpoints, ``metrics.jsonl`` and result of a stage."""
         return self.root / "stages" / name
 
+    def is_finished(self, stage: str) -> bool:
+        """Whether a tokenizer stage has exported its result."""
+        return (self.stage(stage) / "tokenizer" / "config.json").exists()
+
     @property
     def begun(self) -> bool:
         """Whether a step of a run has left something here."""

@@ -60,19 +60,16 @@ class Kept:
         images = self._session.data.fingerprint("validation")
         if all(number.protocol.get("data_hash") == images for number in numbers):
             self._numbers = {number.name: number for number in numbers if self._is_there(number)}
-            gone = {f"reconstructions_{name}" for name in self._stages() if not self._is_finished(name)}
+            gone = {f"reconstructions_{name}" for name in self._stages() if not self._folder.is_finished(name)}
             self._pictures = {name: array for name, array in arrays.items() if name not in gone}
 
     def _stages(self) -> list[str]:
         return [stage.name for stage in self._session.recipe.stages]
 
-    def _is_finished(self, stage: str) -> bool:
-        return (self._folder.stage(stage) / "tokenizer" / "config.json").exists()
-
     def _is_there(self, number: Number) -> bool:
         for stage in self._stages():
             if number.name.endswith(f" after {stage}"):
-                return self._is_finished(stage)
+                return self._folder.is_finished(stage)
         return self._session.recipe.diffusion is None or (self._folder.generator / "config.json").exists()
 
     def reconstructed(self, numbers: list[Number], shown: Shown, stage: str | None) -> None:

@@ -33,6 +33,7 @@ from underpaint.run.kept import Kept
 from underpaint.run.notes import write_notes
 from underpaint.run.session import Session
 from underpaint.run.small_images import leave_out_small
+from underpaint.run.stage_check import check_stages
 from underpaint.run.tokenizer_stage import check_probe, run_tokenizer_stage
 from underpaint.training.lock import RunLock
 from underpaint.training.ranks import Ranks
@@ -129,6 +130,9 @@ def _run(session: Session, until: str | None) -> None:
     tokenizer = build_tokenizer(recipe.tokenizer, recipe.seed)
     tokenizer.grid(data.config.height, data.config.width)
     check_sizes(data, tokenizer.stride)
+    waiting = [index for index, stage in enumerate(recipe.stages) if not folder.is_finished(stage.name)]
+    if waiting:
+        check_stages(recipe, waiting[0], tokenizer, data)
     for index, stage in enumerate(recipe.stages):
         check_probe(stage, data)
         if stage.denoiser is not None:
@@ -139,12 +143,11 @@ def _run(session: Session, until: str | None) -> None:
     # A decoder that nothing has trained yet shows noise.
     decodes = recipe.tokenizer.load is not None
     for index, stage in enumerate(recipe.stages):
-        result = folder.stage(stage.name) / "tokenizer"
-        if not (result / "config.json").exists():
+        if not folder.is_finished(stage.name):
             _say(ranks, f"stage {stage.name}: {' + '.join(stage.trains)} for {stage.steps} steps")
             with kept.timed(stage.name):
                 run_tokenizer_stage(session, index, tokenizer)
-        tokenizer = load_tokenizer(str(result))
+        tokenizer = load_tokenizer(str(folder.stage(stage.name) / "tokenizer"))
         if decodes or any(part.startswith("decoder") for part in stage.trains):
             decodes = True
             kept.reconstructed(*_measured_reconstruction(session, tokenizer, metrics, stage.name), stage.name)

@@ -21,7 +21,6 @@ from underpaint.models.tokenizer import Tokenizer
 from underpaint.run.data import RunData
 from underpaint.run.joint_stage import Partner
 from underpaint.run.session import Session
-from underpaint.run.stage_check import check_stages
 from underpaint.run.training import StagePlan, train_stage
 from underpaint.training.compilation import units_of
 from underpaint.training.critics import carry_critic
@@ -51,13 +50,8 @@ def run_tokenizer_stage(session: Session, index: int, tokenizer: Tokenizer) -> L
         session: The run.
         index: Which stage of the recipe.
         tokenizer: Where it starts: the previous stage's result, in evaluation mode on the CPU.
-
-    Raises:
-        ConfigError: It or a later stage cannot be trained; said before it is.
     """
     ranks, data = session.ranks, session.data
-    # With those that follow: none of them may turn out to be impossible after the hours of this one.
-    check_stages(session.recipe, index, tokenizer, data)
     stage = session.recipe.stages[index]
     seed = session.stage_seed(index)
     teacher = _teacher(session, stage, tokenizer)
