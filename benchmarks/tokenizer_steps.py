@@ -113,6 +113,7 @@ def make(
         compile_modules(
             [*units_of(module.encoder), *units_of(module.decoder, apart), *losses.units()],
             differentiated_again=bool(losses.adaptive),
+            passed=[module.decoder] if losses.reaches_back else [],
         )
     config = EngineConfig(precision="bf16", compile=compiled)
     critics = [

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from itertools import combinations
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import underpaint
 from underpaint import Reconstruction, StepTensors
-from underpaint.training.compilation import units_of
+from underpaint.training.compilation import compile_modules, units_of
 
 DECODERS = {
     "ldm/decoder": {"base": 16},
@@ -102,3 +104,59 @@ def test_one_graph_serves_a_loss_at_every_step(name: str, options: dict[str, str
 def test_which_blocks_are_units_of_their_own(blocks: list[nn.Module], alike: bool) -> None:
     part = nn.Sequential(nn.Linear(2, 2), nn.Sequential(*blocks))
     assert units_of(part) == (blocks if alike else [part])
+
+
+class Products(TorchDispatchMode):
+    """Notes which gradients convolutions are asked for: of input, weight, bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.masks: list[list[bool]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.convolution_backward.default:
+            self.masks.append(args[-1])
+        return func(*args, **(kwargs or {}))
+
+
+def gradients(decoder: nn.Module, latents: torch.Tensor, mode: Products) -> tuple[list[torch.Tensor], list[list[bool]]]:
+    image = decoder(latents).image
+    with mode:
+        (at_latents,) = torch.autograd.grad(image.square().mean(), latents)
+    return [at_latents, image.detach()], mode.masks
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo looks
+def test_a_gradient_that_passes_through_makes_none_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_plainly = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **how: compile_plainly(self, backend="aot_eager", **how))
+    decoder = underpaint.create("decoder", "ldm/decoder", latent_channels=4, stride=4, base=16).double()
+    names = list(decoder.state_dict())
+    count = sum(isinstance(layer, nn.Conv2d) for layer in decoder.modules())
+    latents = torch.randn(2, 4, 8, 8, dtype=torch.float64, requires_grad=True)
+    expected, _ = gradients(decoder, latents, Products())
+    compile_modules(units_of(decoder), differentiated_again=True, passed=[decoder])
+    found, masks = gradients(decoder, latents, Products())
+    torch.testing.assert_close(found, expected)
+    assert masks == count * [[True, False, False]]
+    assert list(decoder.state_dict()) == names
+    # A graph that holds them makes all.
+    inside = underpaint.create("decoder", "ldm/decoder", latent_channels=4, stride=4, base=16).double()
+    compile_modules(units_of(inside), differentiated_again=True)
+    assert gradients(inside, latents, Products())[1] == count * [[True, True, True]]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo looks
+def test_blocks_that_are_alike_share_their_graphs_without_the_products_too() -> None:
+    options = {"latent_channels": 4, "stride": 16, "width": 32, "heads": 2, "hidden": 64}
+    counts = []
+    for depth in (3, 6):
+        torch._dynamo.reset()
+        decoder = underpaint.create("decoder", "rae/vit-b", depth=depth, **options)
+        compile_modules([], differentiated_again=False, passed=[decoder])
+        made = CompileCounter()
+        for unit in units_of(decoder):
+            unit.compile(backend=made, dynamic=False)
+        decoder(torch.randn(1, 4, 2, 2))
+        counts.append(made.frame_count)
+    assert counts[0] == counts[1] > 1

@@ -125,6 +125,7 @@ def run_tokenizer_stage(session: Session, index: int, tokenizer: Tokenizer) -> L
             module=module,
             compiled=units,
             differentiated_again=bool(losses.adaptive),
+            passed=[learner.decoder] if losses.reaches_back else [],
             parts=module.learning,
             optimizer=stage.optimizer,
             steps=stage.steps,

@@ -48,6 +48,7 @@ class StagePlan:
         module: What the engine trains.
         compiled: Modules to compile when the recipe asks for it.
         differentiated_again: Whether gradients go through them more than once a step.
+        passed: Parts that gradients go through on their way to a layer before them.
         parts: Parts with their own learning rate.
         optimizer: Optimizer and schedule.
         steps: Optimizer steps.
@@ -72,6 +73,7 @@ class StagePlan:
     module: nn.Module
     compiled: Sequence[nn.Module]
     differentiated_again: bool = False
+    passed: Sequence[nn.Module] = ()
     parts: Mapping[str, nn.Module]
     optimizer: OptimizerConfig
     steps: int
@@ -102,7 +104,7 @@ def train_stage(session: Session, plan: StagePlan) -> LoopResult:
     folder = session.folder.stage(plan.name)
     folder.mkdir(parents=True, exist_ok=True)
     if config.compile:
-        compile_modules(plan.compiled, differentiated_again=plan.differentiated_again)
+        compile_modules(plan.compiled, differentiated_again=plan.differentiated_again, passed=plan.passed)
     micro_batch = plan.batch // (ranks.world_size * config.accumulation)
     critics = [
         CriticTrainer(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["compile_modules", "units_of"]
 
@@ -16,14 +16,43 @@ _VARIANTS = 64
 _ALIKE = 3
 
 
-def compile_modules(modules: Iterable[nn.Module], *, differentiated_again: bool) -> None:
+class _Conv2d(nn.Conv2d):
+    """A convolution that no graph holds."""
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input)
+
+
+class _Linear(nn.Linear):
+    """A linear layer that no graph holds."""
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input)
+
+
+_OUTSIDE: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: _Conv2d, nn.Linear: _Linear}
+
+
+def compile_modules(
+    modules: Iterable[nn.Module], *, differentiated_again: bool, passed: Iterable[nn.Module] = ()
+) -> None:
     """Compile modules in place; each becomes a graph of its own.
 
     Args:
         modules: None of them part of another.
         differentiated_again: Whether a graph goes backward more than once a step, as adaptive weights make it; its
             buffers must then outlive the first time.
+        passed: Parts that a gradient goes through on its way to a layer before them, as an adaptive weight's at the
+            adapter goes through the decoder. A graph would make the gradients of its own weights each time, which is
+            half of the work; autograd makes those that are asked for. So their convolutions and linear layers are left
+            out of the graphs.
     """
+    for part in passed:
+        for layer in part.modules():
+            # Another class rather than another method: blocks that are alike still share their graphs.
+            layer.__class__ = _OUTSIDE.get(type(layer), type(layer))
     torch._dynamo.config.recompile_limit = max(_VARIANTS, torch._dynamo.config.recompile_limit)
     if differentiated_again:
         # Left alone otherwise, since it costs memory. It holds for the process: a run with one such stage keeps it.

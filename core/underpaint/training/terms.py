@@ -168,6 +168,11 @@ class WeightedLosses:
         loss, factors = balanced(shares, tensors.reconstruction, seen.reconstruction, layers, self._average)
         return loss, terms | {f"factor_{key}": factor for key, factor in factors.items()}
 
+    @property
+    def reaches_back(self) -> bool:
+        """Whether an adaptive weight takes gradients at a layer before the decoder, through the whole of it."""
+        return any(part != "decoder" for part in self.adaptive)
+
     def units(self) -> list[nn.Module]:
         """Return what of the losses to compile."""
         return [unit for item in self.items for network in item.loss.units() for unit in units_of(network)]
