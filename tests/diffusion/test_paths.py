@@ -12,6 +12,7 @@ import torch
 from scipy import integrate
 from torch import Tensor
 
+import underpaint
 from underpaint import Backbone, Condition, Prediction
 from underpaint.diffusion.paths import PATHS, linear_velocity
 
@@ -144,3 +145,28 @@ def test_at_pure_noise_the_velocity_points_from_the_mean(name: str, predicts: st
     found = linear_velocity(Perfect(name, predicts), name, predicts)(noise, torch.ones(2), Condition())
     # α of the VP path is 0.0066 at its end, and the mean is not wholly gone from its states.
     torch.testing.assert_close(noise - found, torch.full_like(noise, MEAN), rtol=0, atol=0.02)
+
+
+class Imperfect(Perfect):
+    """The best prediction with an error of 3 % of the noise's size, the same at every time."""
+
+    def forward(self, x_t: Tensor, t: Tensor, condition: Condition, layers: Collection[int] = ()) -> Prediction:
+        error = 0.03 * torch.randn(x_t.shape, generator=torch.Generator().manual_seed(7), dtype=x_t.dtype)
+        return Prediction(super().forward(x_t, t, condition).velocity + error)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize(("name", "predicts"), list(itertools.product(NAMES, ("velocity", "noise", "data"))))
+def test_an_error_of_the_network_is_not_blown_up_where_noise_or_data_cannot_be_known(
+    name: str, predicts: str, solver: str
+) -> None:
+    start = torch.randn(8, 1, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sampler = underpaint.create("sampler", solver, steps=50)
+    ends = {}
+    for network in (Perfect, Imperfect):
+        velocity = linear_velocity(network(name, predicts), name, predicts)
+        ends[network] = sampler.sample(lambda x, t, v=velocity: v(x, t, Condition()), start, lambda: start)
+    # The best network's samples have the data's deviation, but for the solver's steps.
+    assert abs(float(ends[Perfect].std()) - STD) < 0.03
+    assert abs(float(ends[Imperfect].std()) - STD) < 0.03
+    assert float((ends[Imperfect] - ends[Perfect]).std()) < 0.15
