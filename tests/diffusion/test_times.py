@@ -178,3 +178,8 @@ def test_times_of_ddpm_are_its_timesteps_alike() -> None:
     assert np.abs(counts - DRAWS / 1000).max() < 5 * math.sqrt(DRAWS / 1000)
     half = draw(TimeConfig(distribution="ddpm", range=(0.2, 0.6))).astype(np.float32)
     assert set(np.unique(half)) == {t for t in table if 0.2 <= t <= 0.6}
+
+
+def test_a_deviation_that_is_not_finite_is_refused() -> None:
+    with pytest.raises(ValueError, match="'std' is inf; give a finite number"):
+        TimeConfig(std=math.inf)

@@ -89,6 +89,11 @@ def test_the_weaker_model_is_no_part_of_the_generator(weak: Path) -> None:
     assert set(generator.state_dict()) == before
 
 
+def test_without_guidance_the_weaker_model_is_neither_read_nor_recorded() -> None:
+    how = SamplingSettings(guidance=GuidanceConfig(scale=1.0, weak="no/such/folder"))
+    assert disturbed(0).protocol(how)["guidance"]["weak"] is None
+
+
 def test_a_weaker_model_guided_by_itself_is_no_guidance(tmp_path: Path) -> None:
     generator = disturbed(0)
     save_generator(generator, tmp_path / "g")

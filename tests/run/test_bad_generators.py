@@ -108,6 +108,23 @@ CASES: list[tuple[dict[str, Any], str]] = [
         {"evaluation.sampler": {"name": "ddpm", "variance": "learned", "schedule": "discrete"}},
         "The sampler 'ddpm' needs a variance that the backbone has learned, and this one has none (those of DiT have)",
     ),
+    (
+        {"diffusion.backbone": {**SIT, "patch": 2}, "diffusion.time.shift": "tokens"},
+        "takes patches of 1 for one, and the backbone 'sit/S-1' takes patches of 2; set diffusion.time.patch to 2",
+    ),
+    (
+        {"diffusion.backbone": {**SIT, "patch": 2}, "evaluation.sampler": {"name": "euler", "shift": "flux"}},
+        "and the backbone 'sit/S-1' takes patches of 2; set evaluation.sampler.patch to 2",
+    ),
+    (
+        {
+            "diffusion.backbone": REG,
+            "diffusion.companion": VIT,
+            "diffusion.losses": LEARNT,
+            "evaluation.sampler": {"name": "euler", "shift": "latent"},
+        },
+        "which would count the 32 channels of the companion too; give the number",
+    ),
     ({"engine.precision": "fp8"}, "fp8 was asked for, and the CPU has no matrix products in 8 bits; use bf16"),
     ({"evaluation.precision": "fp8"}, "fp8 was asked for, and the CPU has no matrix products in 8 bits; use bf16"),
     ({"evaluation.generation": ["psnr"]}, "'psnr' compares image by image and cannot measure samples"),

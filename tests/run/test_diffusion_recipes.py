@@ -71,7 +71,8 @@ def test_small_ones_load_what_another_recipe_leaves(name: str, tokenizer: str) -
 def test_irepa_is_repa_with_two_options() -> None:
     overrides = ["diffusion.losses.repa.projection=conv", "diffusion.losses.repa.spatial=1.0"]
     recipe = load_recipe("recipe:repa", overrides)
-    assert diffusion(recipe).losses[1].options == {"encoder": "dinov2-b", "projection": "conv", "spatial": 1.0}
+    plain = diffusion(load_recipe("recipe:repa")).losses[1].options
+    assert diffusion(recipe).losses[1].options == {**plain, "projection": "conv", "spatial": 1.0}
     with pytest.raises(ConfigError, match="spatial"):
         load_recipe("recipe:repa", ["diffusion.losses.repa.spatial=2"])
 
@@ -122,8 +123,8 @@ def test_reg_as_published() -> None:
     recipe = load_recipe("recipe:vfm-vae-reg")
     config = diffusion(recipe)
     assert {loss.name: loss.weight for loss in config.losses} == {"velocity": 1.0, "repa": 0.5, "companion": 0.03}
-    assert config.losses[1].options == {"encoder": "dinov2-b"}
-    assert config.companion == ComponentConfig(name="dinov2-b")
+    assert config.losses[1].options == {"encoder": "dinov2-b", "options": {"antialias": False}}
+    assert config.companion == ComponentConfig(name="dinov2-b", options={"antialias": False})
     assert config.backbone.options == {"companion": 768, "qk_norm": True, "qk_norm_type": "layer"}
     assert config.steps == pytest.approx(640 * EPOCH, rel=2e-3)
     assert (config.time.distribution, config.path, config.optimizer.clip) == ("uniform", "linear", 1.0)

@@ -266,7 +266,13 @@ def _reconstruction(tokenizer: Tokenizer, data: RunData, count: int, batch: int,
 @click.option("--text", multiple=True, help="Captions, for generators that take text.")
 @_steps
 @_guidance
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the first image; the next counts on.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**62),
+    default=0,
+    show_default=True,
+    help="Seed of the first image; the next counts on.",
+)
 @_batch
 @_precision
 @_compile
@@ -381,7 +387,7 @@ def _sample_inputs(generator: Generator, labels: str | None, text: tuple[str, ..
 )
 @_steps
 @_guidance
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**62), default=0, show_default=True)
 @_size
 @_batch
 @_workers

@@ -11,7 +11,7 @@ from attrs import validators as v
 from underpaint.config.component import ComponentConfig
 from underpaint.config.engine import OptimizerConfig
 from underpaint.config.losses import LossConfig
-from underpaint.config.ranges import decay, fraction, not_negative, optional_positive, positive
+from underpaint.config.ranges import decay, finite, fraction, not_negative, optional_positive, positive
 from underpaint.errors import ConfigError
 
 __all__ = ["DiffusionConfig", "GuidanceConfig", "PathName", "Predicts", "ShiftRule", "TimeConfig"]
@@ -47,7 +47,7 @@ class TimeConfig:
 
     distribution: Literal["uniform", "logit-normal", "mode", "ddpm"] = "logit-normal"
     mean: float = 0.0
-    std: float = attrs.field(default=1.0, validator=positive)
+    std: float = attrs.field(default=1.0, validator=v.and_(positive, finite))
     mode: float = attrs.field(default=1.29, validator=v.and_(v.ge(-1.0), v.le(2.0 / (math.pi - 2.0))))
     range: tuple[float, float] = (0.0, 1.0)
     uniform_from: int | None = attrs.field(default=None, validator=v.optional(not_negative))

@@ -18,6 +18,7 @@ from underpaint.data.loader import Batch
 from underpaint.data.transforms import to_tensor, to_uint8
 from underpaint.errors import ConfigError, DataError
 from underpaint.evaluation.protocol import Number
+from underpaint.interfaces.backbone import Backbone
 from underpaint.interfaces.metric import Metric
 from underpaint.interfaces.sampler import Sampler
 from underpaint.models.fp8 import check_fp8
@@ -25,7 +26,7 @@ from underpaint.models.generator import Generator, SamplingSettings, load_weaker
 from underpaint.models.tokenizer import Tokenizer
 from underpaint.registration.manager import manager
 
-__all__ = ["Shown", "check_sampling", "make_metrics", "measure_generation", "measure_reconstruction"]
+__all__ = ["Shown", "check_patch", "check_sampling", "make_metrics", "measure_generation", "measure_reconstruction"]
 
 
 @attrs.define(eq=False)
@@ -57,13 +58,13 @@ def make_metrics(configs: Sequence[ComponentConfig], device: torch.device) -> li
     return metrics
 
 
-def check_sampling(config: EvaluationConfig, device: torch.device, *, variance: bool) -> None:
+def check_sampling(config: EvaluationConfig, device: torch.device, backbone: Backbone) -> None:
     """Refuse settings by which no sample could be drawn or measured, before hours go into the generator.
 
     Args:
         config: The settings.
         device: Where samples will be drawn.
-        variance: Whether the backbone has learned one.
+        backbone: What will be sampled.
 
     Raises:
         ConfigError: Of the sampler, a metric or the weaker model.
@@ -71,16 +72,42 @@ def check_sampling(config: EvaluationConfig, device: torch.device, *, variance: 
     """
     sampler = manager().create("sampler", config.sampler.name, **config.sampler.options)
     assert isinstance(sampler, Sampler)
-    if sampler.needs_variance and not variance:
+    if sampler.needs_variance and not backbone.variance:
         raise ConfigError(
             f"The sampler '{config.sampler.name}' needs a variance that the backbone has learned, and this one has "
             "none (those of DiT have); set its option variance to 'posterior'."
+        )
+    protocol = sampler.protocol()
+    check_patch("evaluation.sampler", protocol.get("patch"), config.sampler.name, backbone)
+    if backbone.companion and protocol.get("shift") == "latent":
+        raise ConfigError(
+            f"The sampler '{config.sampler.name}' has shift 'latent', which would count the {backbone.companion} "
+            "channels of the companion too; give the number √(d·h·w / 4096) of the latents alone."
         )
     if config.precision == "fp8":
         check_fp8(device)
     _check_unpaired(make_metrics(config.generation, torch.device("cpu")))
     if config.guidance.scale != 1.0 and config.guidance.weak is not None:
         load_weaker(config.guidance.weak)
+
+
+def check_patch(where: str, patch: int | None, name: str, backbone: Backbone) -> None:
+    """Refuse a shift by the number of tokens that counts tokens of another size than the backbone's.
+
+    Args:
+        where: Section of the recipe that says how many latent cells a token has per side.
+        patch: What it says; None where nothing is counted.
+        name: What counts them.
+        backbone: What takes the tokens.
+
+    Raises:
+        ConfigError: They differ.
+    """
+    if patch is not None and patch != backbone.patch:
+        raise ConfigError(
+            f"{where}: '{name}' shifts by the number of tokens and takes patches of {patch} for one, and the backbone "
+            f"'{backbone.spec.name}' takes patches of {backbone.patch}; set {where}.patch to {backbone.patch}."
+        )
 
 
 def _check_unpaired(metrics: Sequence[Metric]) -> None:

@@ -184,7 +184,10 @@ class Generator(nn.Module):
         settings = settings or self.settings
         check_guidance(settings.guidance, self.tokenizer.latent_channels)
         guidance = attrs.asdict(settings.guidance)
-        if settings.guidance.weak is not None:
+        if settings.guidance.scale == 1.0:
+            # No guidance: the weaker model is not asked.
+            guidance["weak"] = None
+        elif settings.guidance.weak is not None:
             weak = self._weaker(settings.guidance.weak)
             guidance["weak"] = {
                 "backbone": weak.backbone.spec.name,

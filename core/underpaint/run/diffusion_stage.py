@@ -20,7 +20,7 @@ from underpaint.data.order import Blocks
 from underpaint.data.transforms import to_tensor
 from underpaint.diffusion.guidance import check_guidance, null_condition
 from underpaint.errors import DataError
-from underpaint.evaluation.measure import check_sampling
+from underpaint.evaluation.measure import check_patch, check_sampling
 from underpaint.interfaces.backbone import Backbone
 from underpaint.interfaces.encoder import Encoder
 from underpaint.interfaces.loss import StepSizes
@@ -84,7 +84,9 @@ def check_diffusion(recipe: Recipe, tokenizer: Tokenizer, data: RunData, device:
         null_condition(conditioner, 1, torch.device("meta"))
     sizes = StepSizes(image=image, latent_channels=tokenizer.latent_channels, grid=grid, hidden_width=backbone.width)
     _check_learning(config, backbone, sizes)
-    check_sampling(recipe.evaluation, device, variance=backbone.variance)
+    check_sampling(recipe.evaluation, device, backbone)
+    if config.time.shift in ("tokens", "flux"):
+        check_patch("diffusion.time", config.time.patch, str(config.time.shift), backbone)
     if recipe.engine.precision == "fp8":
         check_fp8(device, train=True)
 
