@@ -259,7 +259,7 @@ def test_repa_e_as_published(name: str) -> None:
     assert found.tokenizer.load is not None
     assert (config.alignment, config.momentum, config.dropout) == (1.5, 0.1, 0.1)
     assert {loss.name: loss.weight for loss in config.losses} == {"velocity": 1.0, "repa": 0.5}
-    assert config.losses[1].options == {"encoder": "dinov2-b"}
+    assert config.losses[1].options == {"encoder": "dinov2-b", "options": {"antialias": False}}
     assert (config.backbone, config.time.distribution, config.path) == (
         ComponentConfig(name="sit/XL-1"),
         "uniform",
