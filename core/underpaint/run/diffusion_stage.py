@@ -35,6 +35,7 @@ from underpaint.run.joint_stage import take_denoiser
 from underpaint.run.session import Session
 from underpaint.run.training import StagePlan, train_stage
 from underpaint.training.diffusion_stage import (
+    LEARNING,
     DiffusionModule,
     StepNoise,
     check_companion,
@@ -51,7 +52,6 @@ from underpaint.weights import tensor_hash
 __all__ = ["check_diffusion", "latent_images", "run_diffusion_stage"]
 
 _PARTS = ("backbone.", "conditioner.")
-_LEARN = ("backbone", "conditioner", "losses")
 
 
 def check_diffusion(recipe: Recipe, tokenizer: Tokenizer, data: RunData, device: torch.device) -> None:
@@ -66,7 +66,7 @@ def check_diffusion(recipe: Recipe, tokenizer: Tokenizer, data: RunData, device:
     config, guidance = recipe.diffusion, recipe.evaluation.guidance
     assert config is not None
     check_guidance(guidance, tokenizer.latent_channels)
-    check_parts(config.optimizer, _LEARN, "diffusion.optimizer")
+    check_parts(config.optimizer, LEARNING, "diffusion.optimizer")
     image = (data.config.height, data.config.width)
     grid = tokenizer.grid(*image)
     # On the meta device it takes no memory for weights.
@@ -193,7 +193,7 @@ def run_diffusion_stage(session: Session, tokenizer: Tokenizer, cache: LatentCac
             name="diffusion",
             module=module,
             compiled=[*(backbone.blocks() or [backbone]), *losses.units()],
-            parts=dict(zip(_LEARN, (backbone, conditioner, module.losses), strict=True)),
+            parts=dict(zip(LEARNING, (backbone, conditioner, module.losses), strict=True)),
             optimizer=config.optimizer,
             steps=config.steps,
             batch=config.batch,

@@ -12,6 +12,7 @@ from underpaint.models.folders import copy_tokenizer
 from underpaint.models.tokenizer import Tokenizer
 from underpaint.run.data import RunData
 from underpaint.training.critics import check_whole
+from underpaint.training.diffusion_stage import LEARNING
 from underpaint.training.engine import check_parts
 from underpaint.training.terms import WeightedLosses
 from underpaint.training.tokenizer_stage import TokenizerModule, tokenizer_losses, tokenizer_sizes
@@ -19,7 +20,6 @@ from underpaint.training.tokenizer_stage import TokenizerModule, tokenizer_losse
 __all__ = ["check_stages"]
 
 _CPU = torch.device("cpu")
-_JOINT = ("backbone", "conditioner", "losses")
 
 
 def check_stages(recipe: Recipe, first: int, tokenizer: Tokenizer, data: RunData) -> None:
@@ -62,7 +62,7 @@ def _check_learning(stage: StageConfig, path: str, losses: WeightedLosses, token
     learner = TokenizerModule(student, stage.trains, losses)
     if stage.lora is not None:
         learner.add_lora(stage.lora)
-    joint = () if stage.denoiser is None else _JOINT
+    joint = () if stage.denoiser is None else LEARNING
     check_parts(stage.optimizer, (*learner.learning, *joint), f"{path}.optimizer")
     for number, loss in enumerate(stage.losses):
         if loss.critic is not None and loss.critic.optimizer is not None:

@@ -19,7 +19,10 @@ from underpaint.interfaces.encoder import Encoder
 from underpaint.interfaces.loss import StepSizes, StepTensors
 from underpaint.training.terms import WeightedLosses
 
-__all__ = ["DiffusionModule", "StepNoise", "check_companion", "check_losses", "diffusion_losses"]
+__all__ = ["LEARNING", "DiffusionModule", "StepNoise", "check_companion", "check_losses", "diffusion_losses"]
+
+LEARNING = ("backbone", "conditioner", "losses")
+"""What a diffusion model trains, by the names that its optimizer's settings know."""
 
 
 class StepNoise:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from underpaint.interfaces.loss import StepTensors
 from underpaint.models.tokenizer import LatentStatistics
-from underpaint.training.diffusion_stage import DiffusionModule
+from underpaint.training.diffusion_stage import LEARNING, DiffusionModule
 from underpaint.training.tokenizer_stage import TokenizerModule, shown
 
 __all__ = ["JointModule", "LatentNorm", "running_statistics"]
@@ -126,7 +126,7 @@ class JointModule(nn.Module):
     def learning(self) -> dict[str, nn.Module]:
         """The modules that learn, by their names in ``optimizer.parts``; ``losses`` holds the heads of both sides."""
         heads = nn.ModuleList([self.tokenizer.losses, self.denoiser.losses])
-        sides = {"backbone": self.denoiser.backbone, "conditioner": self.denoiser.conditioner, "losses": heads}
+        sides = dict(zip(LEARNING, (self.denoiser.backbone, self.denoiser.conditioner, heads), strict=True))
         return {**self.tokenizer.learning, **sides}
 
     def forward(
