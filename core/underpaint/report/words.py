@@ -11,9 +11,9 @@ from underpaint.report.facts import RunFacts, Speed, StageFacts
 __all__ = ["MFU_CONVENTION", "duration", "figure", "protocol_lines", "speed_cells", "summary"]
 
 MFU_CONVENTION = (
-    "img/s: median over the log lines, warm-up left out. MFU: share of the peak FLOP/s of the machine, with "
-    "FLOP = 2 MAC, forward and backward = 3 forward, recomputation not counted. Data wait: share of the time spent "
-    "waiting for data. Memory: the most that one rank used."
+    "img/s: median over the log lines, warm-up left out. MFU: share of the peak FLOP/s of the machine, where that is "
+    "known, with FLOP = 2 MAC, forward and backward = 3 forward, recomputation not counted. Data wait: share of the "
+    "time spent waiting for data. Memory: the most that one rank used."
 )
 _NONE = "–"
 
